@@ -1,0 +1,1 @@
+//! FP8 numerics: codecs and the named block-quantization recipes, bit-exact.

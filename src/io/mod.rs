@@ -1,0 +1,1 @@
+//! Files in and out: safetensors checkpoints, rank files, JSON manifests.

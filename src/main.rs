@@ -1,0 +1,2 @@
+//! The binary `engine`.
+fn main() {}
