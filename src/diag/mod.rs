@@ -2,14 +2,16 @@
 //! Knows nothing of plans or tensors; `render` turns it into text or JSON.
 
 pub mod codes;
+mod group;
 mod render;
 mod span;
 
-pub use render::{Format, render};
+pub use group::{Grouped, group};
+pub use render::{Format, render, summary};
 pub use span::{FileId, SourceMap, Span};
 
 /// How much a diagnostic weighs. Only an error stops the pipeline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
     Note,
     Warning,
@@ -68,41 +70,49 @@ impl Diagnostic {
         Diagnostic { severity: Severity::Note, ..Diagnostic::error(code, message) }
     }
 
+    /// Points at a place in a plan.
     pub fn at(mut self, span: Span) -> Self {
         self.span = Some(span);
         self
     }
 
+    /// Points at a place if there is one; keeps the present place if not.
     pub fn maybe_at(mut self, span: Option<Span>) -> Self {
         self.span = span.or(self.span);
         self
     }
 
+    /// Text under the caret.
     pub fn label(mut self, text: impl Into<String>) -> Self {
         self.label = Some(text.into());
         self
     }
 
+    /// Marks a second place and says what it is.
     pub fn also(mut self, span: Span, text: impl Into<String>) -> Self {
         self.labels.push(Label { span, text: text.into() });
         self
     }
 
+    /// Adds a line of context.
     pub fn note(mut self, text: impl Into<String>) -> Self {
         self.notes.push(text.into());
         self
     }
 
+    /// Says what to do.
     pub fn hint(mut self, text: impl Into<String>) -> Self {
         self.hint = Some(text.into());
         self
     }
 
+    /// Names what the message is about; repeats are grouped over it.
     pub fn about(mut self, subject: impl Into<String>) -> Self {
         self.subject = Some(subject.into());
         self
     }
 
+    /// Whether this one stops the pipeline.
     pub fn is_error(&self) -> bool {
         self.severity == Severity::Error
     }

@@ -1,4 +1,5 @@
 //! Places in plan files. Rhai gives a point; a span widens it to the token that starts there.
+//! Knows nothing of messages; nothing here panics on a place that a file does not have.
 
 use std::collections::BTreeMap;
 
@@ -15,10 +16,18 @@ pub struct Span {
     pub len: u32,
 }
 
+/// One plan file, with the byte at which each of its lines starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct File {
+    name: String,
+    text: String,
+    starts: Vec<usize>,
+}
+
 /// The plan files of one evaluation: name as shown to a person, and text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SourceMap {
-    files: Vec<(String, String)>,
+    files: Vec<File>,
     by_name: BTreeMap<String, FileId>,
 }
 
@@ -29,31 +38,48 @@ impl SourceMap {
             return *id;
         }
         let id = FileId(self.files.len() as u32);
-        self.files.push((name.to_owned(), text.to_owned()));
+        let ends = text.bytes().enumerate().filter(|(_, b)| *b == b'\n').map(|(at, _)| at + 1);
+        let starts = std::iter::once(0).chain(ends).collect();
+        self.files.push(File { name: name.to_owned(), text: text.to_owned(), starts });
         self.by_name.insert(name.to_owned(), id);
         id
     }
 
+    /// The id of a file that was added under this name.
     pub fn find(&self, name: &str) -> Option<FileId> {
         self.by_name.get(name).copied()
     }
 
+    /// The file's name as shown to a person.
     pub fn name(&self, file: FileId) -> &str {
-        &self.files[file.0 as usize].0
+        self.file(file).map_or("<unknown file>", |f| f.name.as_str())
     }
 
+    /// The file's text; empty for an id that is not of this map.
     pub fn text(&self, file: FileId) -> &str {
-        &self.files[file.0 as usize].1
+        self.file(file).map_or("", |f| f.text.as_str())
     }
 
     /// All files in the order in which they were added.
     pub fn files(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.files.iter().map(|(n, t)| (n.as_str(), t.as_str()))
+        self.files.iter().map(|f| (f.name.as_str(), f.text.as_str()))
+    }
+
+    /// A line, counted from 1, without its end; the empty line after a last newline counts,
+    /// because a parser puts "end of file" there.
+    pub fn line(&self, file: FileId, line: u32) -> Option<&str> {
+        let file = self.file(file)?;
+        let index = (line as usize).checked_sub(1)?;
+        let start = *file.starts.get(index)?;
+        let end = file.starts.get(index + 1).copied().unwrap_or(file.text.len());
+        let text = file.text.get(start..end)?;
+        let text = text.strip_suffix('\n').unwrap_or(text);
+        Some(text.strip_suffix('\r').unwrap_or(text))
     }
 
     /// The span of the token that starts at a point: an identifier, or one character.
     pub fn token_at(&self, file: FileId, line: u32, column: u32) -> Span {
-        let text = self.text(file).lines().nth(line.saturating_sub(1) as usize).unwrap_or("");
+        let text = self.line(file, line).unwrap_or("");
         let word = text
             .chars()
             .skip(column.saturating_sub(1) as usize)
@@ -65,5 +91,9 @@ impl SourceMap {
     /// `plans/qwen3.rhai:9:10`, the form that tables and JSON use.
     pub fn show(&self, span: Span) -> String {
         format!("{}:{}:{}", self.name(span.file), span.line, span.column)
+    }
+
+    fn file(&self, file: FileId) -> Option<&File> {
+        self.files.get(file.0 as usize)
     }
 }
