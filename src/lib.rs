@@ -1,8 +1,14 @@
 //! kernelcast: from a per-model plan to kernel-format weights.
 #![deny(unsafe_code)]
 
+pub mod compile;
 pub mod diag;
 pub mod dtype;
 pub mod error;
 pub mod fp8;
 pub mod io;
+pub mod ir;
+pub mod lower;
+pub mod script;
+pub mod shard;
+pub mod topo;

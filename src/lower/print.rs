@@ -1,0 +1,124 @@
+//! The text forms of shards and programs.
+
+use std::fmt::Write;
+
+use crate::ir::show_shape;
+use crate::shard::{Expr, Piece, Storage, TilesFrom, View};
+
+use super::{Part, Program};
+
+/// Each rank's targets with the boxes that fill them.
+pub fn print_shards(program: &Program) -> String {
+    let mut out = String::new();
+    for rank in &program.ranks {
+        let _ = writeln!(out, "rank {}", rank.rank);
+        for target in &rank.targets {
+            for s in &target.storages {
+                let _ = writeln!(out, "  {} {} {}", s.name, s.dtype, show_shape(&s.shape));
+            }
+            let pieces = match target.unit {
+                Some(unit) => &program.units[unit].pieces,
+                None => &target.derived,
+            };
+            for piece in pieces {
+                let _ = writeln!(out, "    {}", show_piece(program, piece));
+            }
+        }
+    }
+    out
+}
+
+/// Sources, units and their receivers.
+pub fn print_program(program: &Program) -> String {
+    let mut out = String::new();
+    for (i, s) in program.sources.iter().enumerate() {
+        let _ = writeln!(out, "source {i} {} {} {}", s.name, s.dtype, show_shape(&s.shape));
+    }
+    for (i, unit) in program.units.iter().enumerate() {
+        let ranks: Vec<String> =
+            unit.receivers.iter().map(|(r, _)| program.ranks[*r].rank.to_string()).collect();
+        let _ = writeln!(
+            out,
+            "unit {i} {} {} {} {} bytes -> ranks {}",
+            unit.name,
+            unit.dtype,
+            show_shape(&unit.shape),
+            unit.bytes(),
+            ranks.join(" ")
+        );
+        for piece in &unit.pieces {
+            let _ = writeln!(out, "  {}", show_piece(program, piece));
+        }
+    }
+    out
+}
+
+fn show_piece(program: &Program, piece: &Piece) -> String {
+    let ranges: Vec<String> =
+        piece.at.lo.iter().zip(&piece.at.len).map(|(l, n)| format!("{l}..{}", l + n)).collect();
+    format!("[{}] = {}", ranges.join(", "), show_expr(program, &piece.expr))
+}
+
+fn show_expr(program: &Program, expr: &Expr) -> String {
+    match expr {
+        Expr::Load(view) => show_view(program, view),
+        Expr::Fill { bits, .. } => format!("{}", f64::from_bits(*bits)),
+        Expr::Cast { dtype, value } => format!("{}.to({dtype})", show_expr(program, value)),
+        Expr::Scale { factor, value } => {
+            format!("({} * {})", show_expr(program, value), f64::from_bits(*factor))
+        }
+        Expr::Add { left, right } => {
+            format!("({} + {})", show_expr(program, left), show_expr(program, right))
+        }
+        Expr::Tiles(tiles) => show_tiles(program, tiles),
+        Expr::Dequantize { dtype, tiles } => {
+            format!("{}.dequantize({dtype})", show_tiles(program, tiles))
+        }
+    }
+}
+
+fn show_tiles(program: &Program, tiles: &crate::shard::Tiles) -> String {
+    let refined = if tiles.refined == tiles.block() {
+        String::new()
+    } else {
+        format!(".refine({}) from {:?}", tiles.refined, tiles.phase)
+    };
+    match &tiles.from {
+        TilesFrom::Stored(s) => format!(
+            "{}/{} by {}{refined}",
+            show_view(program, &s.codes),
+            s.scales.block,
+            show_view(program, &s.scales.view)
+        ),
+        TilesFrom::Made(made) => {
+            let input: Vec<String> =
+                made.input.iter().map(|p| show_piece(program, p)).collect();
+            format!(
+                "{}/{}({}){refined}",
+                made.recipe.kind.name(),
+                made.recipe.block,
+                input.join("; ")
+            )
+        }
+    }
+}
+
+fn show_view(program: &Program, view: &View) -> String {
+    let name = match view.storage {
+        Storage::Source(i) => program.sources[i as usize].name.clone(),
+        Storage::Landed(i) => format!("landed {i}"),
+        Storage::LandedScale(i) => format!("landed scales {i}"),
+    };
+    let strides: Vec<String> = view.strides.iter().map(u64::to_string).collect();
+    format!("{name}@{}:({})", view.start, strides.join(","))
+}
+
+impl Part {
+    /// The word for messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Part::Values => "values",
+            Part::Scales => "scales",
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Runs the script again with a trap on one event, to see through which calls it was reached.
+
+use std::collections::BTreeSet;
+
+use crate::diag::{Diagnostic, Span};
+
+use super::state::State;
+use super::{Request, run, take};
+
+/// At most this many distinct messages get a call chain; each costs one more evaluation.
+const MAX_REPLAYS: usize = 12;
+
+/// Takes the problems of an evaluation out of its state and adds their call chains.
+pub(super) fn with_call_chains(request: &Request<'_>, state: &mut State) -> Vec<Diagnostic> {
+    let problems = std::mem::take(&mut state.problems);
+    chains(request, problems)
+}
+
+/// Adds to the first diagnostic of each code and span the calls that led to its event.
+pub(super) fn chains(
+    request: &Request<'_>,
+    problems: Vec<(Diagnostic, u32)>,
+) -> Vec<Diagnostic> {
+    let mut seen: BTreeSet<(&'static str, Option<Span>)> = BTreeSet::new();
+    let mut out = Vec::with_capacity(problems.len());
+    for (mut d, event) in problems {
+        let first = seen.insert((d.code, d.span));
+        if first && seen.len() <= MAX_REPLAYS && event != u32::MAX {
+            for (function, at) in chain(request, event) {
+                d = d.also(at, format!("in call to {function}"));
+            }
+        }
+        out.push(d);
+    }
+    out
+}
+
+/// The script functions that were entered when the event happened, innermost first.
+fn chain(request: &Request<'_>, event: u32) -> Vec<(String, Span)> {
+    let (state, failure) = run(request, Some(event));
+    drop(take(state));
+    match failure {
+        Some(d) => d.labels.into_iter().map(|l| (l.text, l.span)).collect(),
+        None => Vec::new(),
+    }
+}

@@ -1,0 +1,402 @@
+//! A local tensor as pieces: a box of it, and the expression over strided boxes that fills it.
+
+use smallvec::smallvec;
+
+use crate::dtype::DType;
+use crate::fp8::Recipe;
+use crate::ir::Dims;
+
+use super::boxes::{Window, through_reshape};
+
+/// Memory that a view points into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Storage {
+    /// A trainer tensor, by index in the program's table of sources.
+    Source(u32),
+    /// The elements (or codes) of a target parameter that has landed, by index on the rank.
+    Landed(u32),
+    /// The scales of a target parameter that has landed.
+    LandedScale(u32),
+}
+
+/// A strided box: element `i` of the piece lies at `start + Σ i[d] × strides[d]` elements.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct View {
+    pub storage: Storage,
+    pub dtype: DType,
+    pub start: u64,
+    pub strides: Dims,
+}
+
+/// The scales of a box of codes. The last two strides count a tile, the others an index.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ScaleView {
+    pub view: View,
+    /// Tile size of the stored scales.
+    pub block: u64,
+}
+
+/// A quantized value over a box.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Tiles {
+    pub from: TilesFrom,
+    /// Tile size of the result's scales; at most the size on which the scales are computed.
+    pub refined: u64,
+    /// Row and column of the box's first element inside its first tile. Zero unless refined.
+    pub phase: [u64; 2],
+}
+
+/// Where codes and scales come from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum TilesFrom {
+    Stored(Stored),
+    Made(Made),
+}
+
+/// Codes and scales that exist already.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Stored {
+    pub codes: View,
+    pub scales: ScaleView,
+}
+
+/// Codes and scales that a recipe makes from `input`, which covers whole tiles of `extent`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Made {
+    pub recipe: Recipe,
+    pub extent: Dims,
+    pub input: Vec<Piece>,
+}
+
+/// What fills a box. Every operand has the box's lengths.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Expr {
+    Load(View),
+    /// One value everywhere, as the bits of an f64.
+    Fill { dtype: DType, bits: u64 },
+    Cast { dtype: DType, value: Box<Expr> },
+    /// The factor as the bits of an f64; the product is made in f32.
+    Scale { factor: u64, value: Box<Expr> },
+    Add { left: Box<Expr>, right: Box<Expr> },
+    Tiles(Box<Tiles>),
+    Dequantize { dtype: DType, tiles: Box<Tiles> },
+}
+
+/// A box of a local tensor (or of a window of it) and what fills it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Piece {
+    pub at: Window,
+    pub expr: Expr,
+}
+
+impl Expr {
+    /// Element type of the result; e4m3 for a quantized value.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Expr::Load(view) => view.dtype,
+            Expr::Fill { dtype, .. } | Expr::Cast { dtype, .. } => *dtype,
+            Expr::Dequantize { dtype, .. } => *dtype,
+            Expr::Scale { value, .. } => value.dtype(),
+            Expr::Add { left, .. } => left.dtype(),
+            Expr::Tiles(_) => DType::E4m3,
+        }
+    }
+
+    /// Calls `f` for every view that the expression reads.
+    pub fn views<'a>(&'a self, f: &mut dyn FnMut(&'a View)) {
+        match self {
+            Expr::Load(view) => f(view),
+            Expr::Fill { .. } => {}
+            Expr::Cast { value, .. } | Expr::Scale { value, .. } => value.views(f),
+            Expr::Add { left, right } => {
+                left.views(f);
+                right.views(f);
+            }
+            Expr::Tiles(tiles) | Expr::Dequantize { tiles, .. } => match &tiles.from {
+                TilesFrom::Stored(stored) => {
+                    f(&stored.codes);
+                    f(&stored.scales.view);
+                }
+                TilesFrom::Made(made) => {
+                    made.input.iter().for_each(|p| p.expr.views(f));
+                }
+            },
+        }
+    }
+
+    /// The expression of a part: `off` and `len` inside the box.
+    pub fn crop(&self, off: &[u64], len: &[u64]) -> Expr {
+        match self {
+            Expr::Load(view) => Expr::Load(view.crop(off)),
+            Expr::Fill { .. } => self.clone(),
+            Expr::Cast { dtype, value } => {
+                Expr::Cast { dtype: *dtype, value: Box::new(value.crop(off, len)) }
+            }
+            Expr::Scale { factor, value } => {
+                Expr::Scale { factor: *factor, value: Box::new(value.crop(off, len)) }
+            }
+            Expr::Add { left, right } => Expr::Add {
+                left: Box::new(left.crop(off, len)),
+                right: Box::new(right.crop(off, len)),
+            },
+            Expr::Tiles(tiles) => Expr::Tiles(Box::new(tiles.crop(off, len))),
+            Expr::Dequantize { dtype, tiles } => {
+                Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.crop(off, len)) }
+            }
+        }
+    }
+
+    /// The expression with its dimensions reordered.
+    pub(super) fn permute(&self, dims: &[usize]) -> Expr {
+        match self {
+            Expr::Load(view) => Expr::Load(view.permute(dims)),
+            Expr::Fill { .. } => self.clone(),
+            Expr::Cast { dtype, value } => {
+                Expr::Cast { dtype: *dtype, value: Box::new(value.permute(dims)) }
+            }
+            Expr::Scale { factor, value } => {
+                Expr::Scale { factor: *factor, value: Box::new(value.permute(dims)) }
+            }
+            Expr::Add { left, right } => Expr::Add {
+                left: Box::new(left.permute(dims)),
+                right: Box::new(right.permute(dims)),
+            },
+            Expr::Tiles(tiles) => Expr::Tiles(Box::new(tiles.permute(dims))),
+            Expr::Dequantize { dtype, tiles } => {
+                Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.permute(dims)) }
+            }
+        }
+    }
+
+    /// The expression over the same elements in another shape, where one strided box can say it.
+    fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Expr> {
+        Some(match self {
+            Expr::Load(view) => Expr::Load(view.reshape(old, new)?),
+            Expr::Fill { .. } => self.clone(),
+            Expr::Cast { dtype, value } => {
+                Expr::Cast { dtype: *dtype, value: Box::new(value.reshape(old, new)?) }
+            }
+            Expr::Scale { factor, value } => {
+                Expr::Scale { factor: *factor, value: Box::new(value.reshape(old, new)?) }
+            }
+            Expr::Add { left, right } => Expr::Add {
+                left: Box::new(left.reshape(old, new)?),
+                right: Box::new(right.reshape(old, new)?),
+            },
+            Expr::Tiles(tiles) => Expr::Tiles(Box::new(tiles.reshape(old, new)?)),
+            Expr::Dequantize { dtype, tiles } => {
+                Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.reshape(old, new)?) }
+            }
+        })
+    }
+}
+
+impl View {
+    pub(super) fn crop(&self, off: &[u64]) -> View {
+        let start = self.start + off.iter().zip(&self.strides).map(|(o, s)| o * s).sum::<u64>();
+        View { start, ..self.clone() }
+    }
+
+    fn permute(&self, dims: &[usize]) -> View {
+        View { strides: dims.iter().map(|d| self.strides[*d]).collect(), ..self.clone() }
+    }
+
+    /// New strides over the same elements, or none if a joined dimension is not evenly spaced.
+    fn reshape(&self, old: &[u64], new: &[u64]) -> Option<View> {
+        // Dimensions of length 1 carry no stride that matters.
+        let kept: Vec<(u64, u64)> = old
+            .iter()
+            .zip(&self.strides)
+            .filter(|(n, _)| **n != 1)
+            .map(|(n, s)| (*n, *s))
+            .collect();
+        let mut strides: Dims = smallvec![0; new.len()];
+        let (mut i, mut j) = (0, 0);
+        while i < kept.len() {
+            let (start_i, start_j) = (i, j);
+            let (mut a, mut b) = (1u64, 1u64);
+            while a != b || a == 1 {
+                if a <= b {
+                    a *= kept.get(i)?.0;
+                    i += 1;
+                } else {
+                    b *= *new.get(j)?;
+                    j += 1;
+                }
+            }
+            let even = kept[start_i..i].windows(2).all(|w| w[0].1 == w[1].0 * w[1].1);
+            if !even {
+                return None;
+            }
+            let mut stride = kept[i - 1].1;
+            for d in (start_j..j).rev() {
+                strides[d] = stride;
+                stride *= new[d];
+            }
+        }
+        Some(View { strides, ..self.clone() })
+    }
+}
+
+impl Tiles {
+    /// Tile size on which the scales are computed or stored.
+    pub fn block(&self) -> u64 {
+        match &self.from {
+            TilesFrom::Stored(stored) => stored.scales.block,
+            TilesFrom::Made(made) => u64::from(made.recipe.block),
+        }
+    }
+
+    fn crop(&self, off: &[u64], len: &[u64]) -> Tiles {
+        let block = self.block();
+        let m = off.len() - 2;
+        let first = [self.phase[0] + off[m], self.phase[1] + off[m + 1]];
+        let from = match &self.from {
+            TilesFrom::Stored(stored) => {
+                let mut tile: Dims = off.into();
+                (tile[m], tile[m + 1]) = (first[0] / block, first[1] / block);
+                TilesFrom::Stored(Stored {
+                    codes: stored.codes.crop(off),
+                    scales: ScaleView { view: stored.scales.view.crop(&tile), block },
+                })
+            }
+            TilesFrom::Made(made) => {
+                let mut lo: Dims = off.into();
+                let mut extent: Dims = len.into();
+                for k in 0..2 {
+                    lo[m + k] = first[k] / block * block;
+                    let end = (first[k] + len[m + k]).next_multiple_of(block);
+                    extent[m + k] = end.min(made.extent[m + k]) - lo[m + k];
+                }
+                let window = Window { lo, len: extent.clone() };
+                let input = crop_pieces(&made.input, &window);
+                TilesFrom::Made(Made { recipe: made.recipe, extent, input })
+            }
+        };
+        Tiles { from, refined: self.refined, phase: first.map(|f| f % block) }
+    }
+
+    fn permute(&self, dims: &[usize]) -> Tiles {
+        let m = dims.len() - 2;
+        let swapped = dims[m] > dims[m + 1];
+        let phase = if swapped { [self.phase[1], self.phase[0]] } else { self.phase };
+        let from = match &self.from {
+            TilesFrom::Stored(stored) => TilesFrom::Stored(Stored {
+                codes: stored.codes.permute(dims),
+                scales: ScaleView {
+                    view: stored.scales.view.permute(dims),
+                    block: stored.scales.block,
+                },
+            }),
+            TilesFrom::Made(made) => TilesFrom::Made(Made {
+                recipe: made.recipe,
+                extent: dims.iter().map(|d| made.extent[*d]).collect(),
+                input: permute_pieces(&made.input, dims),
+            }),
+        };
+        Tiles { from, refined: self.refined, phase }
+    }
+
+    /// Splits or joins rows on the tile grid; anything else has no single box.
+    fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Tiles> {
+        if self.phase != [0, 0] || old.len() < 2 || new.len() < 2 {
+            return None;
+        }
+        let block = self.block();
+        let grid = |shape: &[u64]| -> Dims {
+            let m = shape.len() - 2;
+            let tile = |d: usize, n: u64| if d >= m { n.div_ceil(block) } else { n };
+            shape.iter().enumerate().map(|(d, n)| tile(d, *n)).collect()
+        };
+        let from = match &self.from {
+            TilesFrom::Stored(stored) => TilesFrom::Stored(Stored {
+                codes: stored.codes.reshape(old, new)?,
+                scales: ScaleView {
+                    view: stored.scales.view.reshape(&grid(old), &grid(new))?,
+                    block,
+                },
+            }),
+            TilesFrom::Made(made) => {
+                if made.extent[..] != *old {
+                    return None;
+                }
+                let input = reshape_pieces(made.input.clone(), old, new)?;
+                TilesFrom::Made(Made { recipe: made.recipe, extent: new.into(), input })
+            }
+        };
+        Some(Tiles { from, refined: self.refined, phase: self.phase })
+    }
+}
+
+/// The parts of some pieces inside a window, with places relative to it.
+pub(crate) fn crop_pieces(pieces: &[Piece], window: &Window) -> Vec<Piece> {
+    let mut out = Vec::new();
+    for piece in pieces {
+        let Some(common) = piece.at.intersect(window) else { continue };
+        let sub = |a: &[u64], b: &[u64]| -> Dims { a.iter().zip(b).map(|(x, y)| x - y).collect() };
+        let expr = piece.expr.crop(&sub(&common.lo, &piece.at.lo), &common.len);
+        let lo = sub(&common.lo, &window.lo);
+        out.push(Piece { at: Window { lo, len: common.len }, expr });
+    }
+    out
+}
+
+pub(super) fn permute_pieces(pieces: &[Piece], dims: &[usize]) -> Vec<Piece> {
+    let pick = |v: &Dims| -> Dims { dims.iter().map(|d| v[*d]).collect() };
+    pieces
+        .iter()
+        .map(|p| Piece {
+            at: Window { lo: pick(&p.at.lo), len: pick(&p.at.len) },
+            expr: p.expr.permute(dims),
+        })
+        .collect()
+}
+
+/// Pieces of a tensor of shape `old` as pieces of the same elements in shape `new`; none where
+/// a quantized value cannot follow.
+pub(super) fn reshape_pieces(
+    pieces: Vec<Piece>,
+    old: &[u64],
+    new: &[u64],
+) -> Option<Vec<Piece>> {
+    if old == new {
+        return Some(pieces);
+    }
+    let mut out = Vec::new();
+    for piece in &pieces {
+        for pair in through_reshape(new, old, &piece.at) {
+            let off: Dims = pair.new.lo.iter().zip(&piece.at.lo).map(|(a, b)| a - b).collect();
+            let part = piece.expr.crop(&off, &pair.new.len);
+            reshape_box(part, &pair.new.len, pair.old, &mut out)?;
+        }
+    }
+    Some(out)
+}
+
+/// One box of known order; split along its first dimension until a strided box can say it.
+fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Option<()> {
+    if let Some(expr) = expr.reshape(len, &to.len) {
+        out.push(Piece { at: to, expr });
+        return Some(());
+    }
+    if matches!(expr, Expr::Tiles(_)) {
+        return None;
+    }
+    let dim = len.iter().position(|n| *n > 1)?;
+    let mut slab: Dims = len.into();
+    slab[dim] = 1;
+    for i in 0..len[dim] {
+        let mut off: Dims = smallvec![0; len.len()];
+        off[dim] = i;
+        let part = Window { lo: off.clone(), len: slab.clone() };
+        for pair in through_reshape(&to.len, len, &part) {
+            let at = Window {
+                lo: pair.old.lo.iter().zip(&to.lo).map(|(a, b)| a + b).collect(),
+                len: pair.old.len,
+            };
+            let off: Dims = pair.new.lo;
+            reshape_box(expr.crop(&off, &pair.new.len), &pair.new.len, at, out)?;
+        }
+    }
+    Some(())
+}

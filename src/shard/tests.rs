@@ -1,0 +1,1 @@
+//! Boxes and reshapes against plain index arithmetic.
