@@ -11,11 +11,19 @@ pub struct Code {
 
 /// Every code the engine can print, in order.
 pub const CODES: &[Code] = &[
+    Code { code: "E0413", title: "a checkpoint file is missing", text: "" },
+    Code { code: "E0414", title: "a checkpoint file is damaged", text: "" },
+    Code { code: "E0415", title: "a tensor is in two files", text: "" },
+    Code { code: "E0416", title: "the index disagrees with the files", text: "" },
+    Code { code: "E0417", title: "config.json cannot be used", text: "" },
+    Code { code: "E0419", title: "a JSON input cannot be used", text: "" },
+    Code { code: "E0421", title: "a part of the checkpoint is ignored", text: "" },
     Code {
         code: "E0601",
         title: "a file could not be read or written",
         text: "The operating system refused a read or a write. The message names the file and the reason. Nothing of the update was published.",
     },
+    Code { code: "E0603", title: "the output folder cannot be used", text: "" },
 ];
 
 /// Looks a code up, with or without regard to case.
