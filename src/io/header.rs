@@ -107,8 +107,7 @@ fn parse(bytes: &[u8]) -> Result<(Vec<(String, TensorInfo)>, u64), String> {
         return Err(format!("it names {} twice", fault::some_names(&names)));
     }
     tensors.sort_by_key(|(_, info)| info.data_offsets);
-    let metadata =
-        Metadata::new(None, tensors.clone()).map_err(|e| explain(&tensors, &e))?;
+    let metadata = Metadata::new(None, tensors.clone()).map_err(|e| explain(&tensors, &e))?;
     Ok((tensors, metadata.data_len() as u64))
 }
 

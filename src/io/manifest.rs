@@ -268,7 +268,11 @@ fn schema_is_1(schema: u64) -> std::result::Result<(), String> {
 
 fn no_repeats(repeated: BTreeSet<String>) -> std::result::Result<(), String> {
     let names: Vec<String> = repeated.into_iter().collect();
-    if names.is_empty() { Ok(()) } else { Err(format!("it lists {} twice", some_names(&names))) }
+    if names.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("it lists {} twice", some_names(&names)))
+    }
 }
 
 fn refused(what: &str, path: &Path, reason: &str) -> Diagnostic {

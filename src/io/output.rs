@@ -82,9 +82,8 @@ impl OutputDir {
         sync_tree(&self.staging)?;
         let (staging, out) = (&self.staging, &self.place.path);
         let rename = |from: &Path, to: &Path| {
-            fs::rename(from, to).map_err(|e| {
-                fault::os(&format!("rename {} to", from.display()), to, &e)
-            })
+            fs::rename(from, to)
+                .map_err(|e| fault::os(&format!("rename {} to", from.display()), to, &e))
         };
         // Asked again: the place may have been filled since.
         match self.place.inspect(self.force)? {

@@ -95,10 +95,14 @@ impl Place {
         }
         match (looks_like_a_run(&self.path), force) {
             (Ok(()), true) => Ok(Existing::EarlierRun),
-            (Ok(()), false) => Err(taken(format!("{shown} holds the output of an earlier run"))
-                .hint("choose another folder, or replace it with --force")),
-            (Err(_), false) => Err(taken(format!("{shown} exists and is not empty"))
-                .hint("choose another folder")),
+            (Ok(()), false) => {
+                Err(taken(format!("{shown} holds the output of an earlier run"))
+                    .hint("choose another folder, or replace it with --force"))
+            }
+            (Err(_), false) => {
+                Err(taken(format!("{shown} exists and is not empty"))
+                    .hint("choose another folder"))
+            }
             (Err(why), true) => Err(taken(format!(
                 "{shown} is not the output of a run ({why}), so --force does not replace it"
             ))
@@ -172,10 +176,9 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if self.held {
-            _ = fs::remove_file(&self.path);
-            _ = self.file.unlock();
-        }
+        // Removed before it is released, so that whoever locks it next sees that it is gone.
+        _ = fs::remove_file(&self.path);
+        _ = self.file.unlock();
     }
 }
 

@@ -223,7 +223,10 @@ fn lay_out(
     bytes.extend_from_slice(&text);
     let data = bytes.len() as u64;
     // A file's size is a signed number.
-    (at as u64).checked_add(data).filter(|&n| i64::try_from(n).is_ok()).ok_or("it is too big")?;
+    (at as u64)
+        .checked_add(data)
+        .filter(|&n| i64::try_from(n).is_ok())
+        .ok_or("it is too big")?;
     let slots = tensors.iter().zip(starts).map(|((name, ..), (start, bytes))| Slot {
         name: name.clone(),
         offset: data + start,

@@ -5,8 +5,11 @@ use std::io;
 
 /// Largest band read in one go, in bytes; it stays in a core's cache while rows are picked.
 const SCRATCH: u64 = 256 << 10;
-/// A gap shorter than this costs less to read over than another system call.
+/// A gap up to this many bytes costs less to read over than another system call (measured
+/// on files in the page cache).
 const GAP: u64 = 8 << 10;
+/// A row longer than this, in bytes, pays for its own system call.
+const LONG: u64 = 32 << 10;
 
 /// Rows of equal length at equal distances.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +35,7 @@ pub(super) fn read(
     if at.rows == 1 || at.stride == row {
         return read_at(buf, at.offset);
     }
-    let dense = at.stride > row && at.stride - row <= GAP && at.stride + row <= SCRATCH;
+    let dense = at.stride > row && at.stride - row <= GAP && row <= LONG;
     if !dense {
         for (i, out) in (0u64..).zip(buf.chunks_exact_mut(at.row_bytes)) {
             read_at(out, at.offset + i * at.stride)?;
@@ -40,7 +43,8 @@ pub(super) fn read(
         return Ok(());
     }
     let group = (SCRATCH - row) / at.stride + 1;
-    let mut scratch = vec![0; (at.rows.min(group) - 1) as usize * at.stride as usize + at.row_bytes];
+    let mut scratch =
+        vec![0; (at.rows.min(group) - 1) as usize * at.stride as usize + at.row_bytes];
     let mut offset = at.offset;
     for out in buf.chunks_mut(group as usize * at.row_bytes) {
         let rows = out.len() / at.row_bytes;
