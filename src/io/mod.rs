@@ -1,1 +1,30 @@
 //! Files in and out: safetensors checkpoints, rank files, JSON manifests.
+//! Knows nothing of plans, shards or devices.
+
+#![allow(
+    clippy::result_large_err,
+    reason = "a failed read or write ends the run; its size does not matter"
+)]
+
+mod checkpoint;
+mod checksum;
+mod config;
+mod fault;
+mod header;
+mod index;
+mod json;
+mod manifest;
+mod output;
+mod place;
+mod rank_file;
+mod rows;
+
+pub use checkpoint::{Checkpoint, TensorEntry};
+pub use checksum::checksum_tensor;
+pub use config::{read_config, read_json};
+pub use manifest::{
+    Alias, ExpertMapFile, ParamEntry, Placement, ReceiverManifest, ReceiverTopology,
+    SourceManifest, SourceTensor,
+};
+pub use output::OutputDir;
+pub use rank_file::RankFile;

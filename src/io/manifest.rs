@@ -1,0 +1,280 @@
+//! JSON inputs beside the config: receiver manifests, expert maps, source manifests.
+//! Checks their form; whether they fit a plan is asked elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::fault::some_names;
+use super::json::{self, Pairs};
+use crate::diag::Diagnostic;
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// What one inference rank of a server holds, as the server printed it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ReceiverManifest {
+    #[serde(default)]
+    pub model: Option<String>,
+    #[serde(default)]
+    pub family: Option<String>,
+    #[serde(default)]
+    pub vllm: Option<String>,
+    /// The model config, or text that says where it is written in full.
+    #[serde(default)]
+    pub hf_config: Option<Value>,
+    #[serde(default)]
+    pub topology: Option<ReceiverTopology>,
+    /// The target's quantization scheme (`fp8_block`).
+    #[serde(default)]
+    pub quant: Option<String>,
+    /// Before or after the server's processing of loaded weights.
+    #[serde(default)]
+    pub state: Option<String>,
+    #[serde(default)]
+    pub parameters: Vec<ParamEntry>,
+    #[serde(default)]
+    pub buffers: Vec<ParamEntry>,
+    #[serde(default)]
+    pub aliases: Vec<Alias>,
+    /// The server's own message, if it would not build this model at all.
+    #[serde(default)]
+    pub refused: Option<String>,
+    /// Keys that nothing reads.
+    #[serde(flatten)]
+    pub rest: BTreeMap<String, Value>,
+}
+
+/// Where a receiver stands in its mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverTopology {
+    #[serde(default = "one")]
+    pub tp: u64,
+    #[serde(default = "one")]
+    pub dp: u64,
+    #[serde(default = "one")]
+    pub ep: u64,
+    #[serde(default = "one")]
+    pub pp: u64,
+    #[serde(default)]
+    pub enable_expert_parallel: bool,
+    #[serde(default)]
+    pub redundant_experts: u64,
+    #[serde(default)]
+    pub global_rank: u64,
+    #[serde(default)]
+    pub tp_rank: u64,
+    #[serde(default)]
+    pub dp_rank: u64,
+    #[serde(default)]
+    pub ep_rank: u64,
+    #[serde(default)]
+    pub pp_rank: u64,
+}
+
+/// A parameter or buffer of a receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParamEntry {
+    pub name: String,
+    /// torch's name of the element type, also of types that no plan can write.
+    #[serde(rename = "dtype")]
+    pub dtype_name: String,
+    pub shape: Vec<u64>,
+    /// In elements; none if contiguous.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stride: Option<Vec<u64>>,
+    /// Of a buffer: whether a state dict has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub persistent: Option<bool>,
+}
+
+impl ParamEntry {
+    /// The element type, if a plan can write it.
+    pub fn dtype(&self) -> Option<DType> {
+        DType::from_torch_name(&self.dtype_name)
+    }
+}
+
+/// A further name of a parameter or buffer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alias {
+    pub name: String,
+    pub of: String,
+}
+
+/// Physical to logical experts of each layer, as the server last balanced them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpertMapFile {
+    pub schema: u64,
+    /// Layer (`model.layers.3`) to the logical expert of each physical slot.
+    pub layers: BTreeMap<String, Vec<u64>>,
+}
+
+/// What a trainer holds and how its mesh cuts it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceManifest {
+    pub schema: u64,
+    /// Mesh axes and their sizes, outermost first.
+    pub mesh: Vec<(String, u64)>,
+    pub tensors: Vec<SourceTensor>,
+}
+
+/// A source tensor: its full shape, and one placement for each mesh axis.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceTensor {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Vec<u64>,
+    pub placements: Vec<Placement>,
+}
+
+/// What one mesh axis does to a tensor; written `R`, `S(dim)`, `SS(dim,split)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Placement {
+    Replicate,
+    Shard(u64),
+    /// A shard of what an axis further in has cut into `split` parts before.
+    StridedShard {
+        dim: u64,
+        split: u64,
+    },
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Placement::Replicate => f.write_str("R"),
+            Placement::Shard(dim) => write!(f, "S({dim})"),
+            Placement::StridedShard { dim, split } => write!(f, "SS({dim},{split})"),
+        }
+    }
+}
+
+impl From<Placement> for String {
+    fn from(placement: Placement) -> String {
+        placement.to_string()
+    }
+}
+
+impl TryFrom<String> for Placement {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Placement, String> {
+        let body = text.trim();
+        let args = |head: &str| -> Option<Vec<u64>> {
+            let inner = body.strip_prefix(head)?.strip_prefix('(')?.strip_suffix(')')?;
+            inner.split(',').map(|n| n.trim().parse().ok()).collect()
+        };
+        match (body, args("S").as_deref(), args("SS").as_deref()) {
+            ("R", ..) => Ok(Placement::Replicate),
+            (_, Some(&[dim]), _) => Ok(Placement::Shard(dim)),
+            (_, _, Some(&[dim, split])) if split > 0 => {
+                Ok(Placement::StridedShard { dim, split })
+            }
+            _ => Err(format!("{text:?} is no placement: expected R, S(dim) or SS(dim,split)")),
+        }
+    }
+}
+
+const fn one() -> u64 {
+    1
+}
+
+impl ReceiverManifest {
+    /// Reads and checks a receiver manifest.
+    pub fn read(path: &Path) -> Result<ReceiverManifest> {
+        let what = "receiver manifest";
+        let manifest: ReceiverManifest = json::read(path, what, "E0419")?;
+        let refuse = |reason: &str| refused(what, path, reason);
+        if manifest.rest.contains_key("relative_to") {
+            return Err(refuse("it is a difference to another manifest")
+                .hint("give a manifest that lists all parameters")
+                .into());
+        }
+        if manifest.parameters.is_empty() && manifest.refused.is_none() {
+            return Err(refuse("it lists no parameters").into());
+        }
+        let all = manifest.parameters.iter().chain(&manifest.buffers);
+        let names = all.map(|p| p.name.as_str());
+        let names = names.chain(manifest.aliases.iter().map(|a| a.name.as_str()));
+        no_repeats(json::repeated(names)).map_err(|reason| refuse(&reason))?;
+        Ok(manifest)
+    }
+}
+
+impl ExpertMapFile {
+    /// Reads and checks an expert map.
+    pub fn read(path: &Path) -> Result<ExpertMapFile> {
+        #[derive(Deserialize)]
+        struct Raw {
+            schema: u64,
+            layers: Pairs<Vec<u64>>,
+        }
+        let what = "expert map";
+        let raw: Raw = json::read(path, what, "E0419")?;
+        schema_is_1(raw.schema)
+            .and_then(|()| no_repeats(raw.layers.repeated))
+            .map_err(|reason| refused(what, path, &reason))?;
+        Ok(ExpertMapFile { schema: raw.schema, layers: raw.layers.pairs.into_iter().collect() })
+    }
+}
+
+impl SourceManifest {
+    /// Reads and checks a source manifest.
+    pub fn read(path: &Path) -> Result<SourceManifest> {
+        let what = "source manifest";
+        let manifest: SourceManifest = json::read(path, what, "E0419")?;
+        manifest.check().map_err(|reason| refused(what, path, &reason))?;
+        Ok(manifest)
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        schema_is_1(self.schema)?;
+        no_repeats(json::repeated(self.mesh.iter().map(|(axis, _)| axis.as_str())))?;
+        no_repeats(json::repeated(self.tensors.iter().map(|t| t.name.as_str())))?;
+        if let Some((axis, _)) = self.mesh.iter().find(|(_, size)| *size == 0) {
+            return Err(format!("mesh axis {axis} has size 0"));
+        }
+        for SourceTensor { name, shape, placements, .. } in &self.tensors {
+            if placements.len() != self.mesh.len() {
+                return Err(format!(
+                    "{name} has {} placements, the mesh has {} axes",
+                    placements.len(),
+                    self.mesh.len()
+                ));
+            }
+            for placement in placements {
+                let dim = match placement {
+                    Placement::Replicate => continue,
+                    Placement::Shard(dim) | Placement::StridedShard { dim, .. } => *dim,
+                };
+                if dim >= shape.len() as u64 {
+                    return Err(format!("{name} {shape:?} has no dim for {placement}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn schema_is_1(schema: u64) -> std::result::Result<(), String> {
+    let text = || format!("its schema is {schema}; this version reads schema 1");
+    if schema == 1 { Ok(()) } else { Err(text()) }
+}
+
+fn no_repeats(repeated: BTreeSet<String>) -> std::result::Result<(), String> {
+    let names: Vec<String> = repeated.into_iter().collect();
+    if names.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("it lists {} twice", some_names(&names)))
+    }
+}
+
+fn refused(what: &str, path: &Path, reason: &str) -> Diagnostic {
+    Diagnostic::error("E0419", format!("{what} {}: {reason}", path.display()))
+}
