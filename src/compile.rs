@@ -7,16 +7,15 @@ use serde_json::Value;
 
 use crate::diag::{Diagnostic, SourceMap};
 use crate::error::{Error, Result};
-use crate::ir::{
-    NodeId, Param, Place, Plan, SourceFormat, Type, infer_all, show_shape,
-};
+use crate::ir::{NodeId, Param, Place, Plan, SourceFormat, Type, infer_all, show_shape};
 use crate::lower::{
-    Part, Program, ProgramSource, RankProgram, Target, TargetKind, TargetStorage, Unit, recipe_of,
+    Part, Program, ProgramSource, RankProgram, Target, TargetKind, TargetStorage, Unit,
+    recipe_of,
 };
 use crate::script::{
     Catalog, Declared, Limits, ModuleFiles, Outcome, Request, evaluate, explain_late,
 };
-use crate::shard::{Expr, ExpertMap, Piece, Resolver, Storage, row_major};
+use crate::shard::{ExpertMap, Expr, Piece, Resolver, Storage, row_major};
 use crate::topo::{InferMesh, RankId, TrainMesh};
 
 /// The model side of a compilation: its config, and what its files hold.
@@ -91,7 +90,10 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     work.lower();
     let files = front.stages[0].files.clone();
     let mut problems = front.explain(&inputs, std::mem::take(&mut work.problems));
-    problems.extend(unused_sources(&front, &work.used, inputs.train.world() == 1));
+    let model = front.opened.as_ref().or(inputs.model.as_ref());
+    if let Some(catalog) = model.and_then(|m| m.catalog.as_deref()) {
+        problems.extend(unused_sources(&front.stages, catalog, &work.used));
+    }
     if problems.iter().any(Diagnostic::is_error) {
         return Err(CompileError { error: Error::refused(problems), files });
     }
@@ -301,7 +303,12 @@ impl<'a> Lowering<'a> {
             .collect()
     }
 
-    fn source(&mut self, name: &str, dtype: crate::dtype::DType, shape: &crate::ir::Dims) -> u32 {
+    fn source(
+        &mut self,
+        name: &str,
+        dtype: crate::dtype::DType,
+        shape: &crate::ir::Dims,
+    ) -> u32 {
         if let Some(id) = self.source_ids.get(name) {
             return *id;
         }
@@ -373,7 +380,10 @@ impl<'a> Lowering<'a> {
     fn no_lowering(&mut self, stage: usize, param: &Param) {
         let d = Diagnostic::error(
             "E0501",
-            format!("{}: a reshape of quantized tiles that no strided boxes can say", param.name),
+            format!(
+                "{}: a reshape of quantized tiles that no strided boxes can say",
+                param.name
+            ),
         )
         .at(param.span)
         .hint("reshape before .quantize, or .dequantize first")
@@ -398,7 +408,8 @@ impl<'a> Lowering<'a> {
             shape: t.shape.clone(),
             strides: row_major(&t.shape),
         }];
-        if let (Some(q), Some(shape), Some(dtype)) = (t.quant, t.scale_shape(), t.scale_dtype()) {
+        if let (Some(q), Some(shape), Some(dtype)) = (t.quant, t.scale_shape(), t.scale_dtype())
+        {
             storages.push(TargetStorage {
                 part: Part::Scales,
                 name: format!("{}{}", param.name, q.scale_name.suffix()),
@@ -493,7 +504,11 @@ impl<'a> Lowering<'a> {
                             )
                             .at(param.span)
                             .about(&param.name);
-                            self.problems.push(Late { stage, event: param.event, diagnostic: d });
+                            self.problems.push(Late {
+                                stage,
+                                event: param.event,
+                                diagnostic: d,
+                            });
                         }
                     }
                 }
@@ -575,7 +590,11 @@ fn derived_view(pieces: &[Piece], t: &Type) -> (TargetKind, crate::ir::Dims) {
 }
 
 /// Strides where the pieces are one for each leading index.
-fn leading_strides(pieces: &[Piece], mut strides: crate::ir::Dims, t: &Type) -> crate::ir::Dims {
+fn leading_strides(
+    pieces: &[Piece],
+    mut strides: crate::ir::Dims,
+    t: &Type,
+) -> crate::ir::Dims {
     let start = |p: &Piece| {
         let mut found = 0;
         p.expr.views(&mut |v| {
@@ -596,17 +615,10 @@ fn leading_strides(pieces: &[Piece], mut strides: crate::ir::Dims, t: &Type) -> 
 
 /// Sources of the catalog that no rank reads and no rule drops, and rules that match nothing.
 fn unused_sources(
-    front: &Front,
+    stages: &[Plan],
+    catalog: &dyn Catalog,
     used: &BTreeSet<String>,
-    whole: bool,
 ) -> Vec<Diagnostic> {
-    let _ = whole;
-    let model = front.opened.as_ref();
-    let Some(catalog) = model.and_then(|m| m.catalog.as_deref()) else { return Vec::new() };
-    coverage_of(&front.stages, catalog, used)
-}
-
-fn coverage_of(stages: &[Plan], catalog: &dyn Catalog, used: &BTreeSet<String>) -> Vec<Diagnostic> {
     let names = catalog.names();
     let mut problems = Vec::new();
     let mut dropped = BTreeSet::new();

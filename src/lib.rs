@@ -1,6 +1,7 @@
 //! kernelcast: from a per-model plan to kernel-format weights.
 #![deny(unsafe_code)]
 
+pub mod cli;
 pub mod compile;
 pub mod diag;
 pub mod dtype;
@@ -8,7 +9,9 @@ pub mod error;
 pub mod fp8;
 pub mod io;
 pub mod ir;
+pub mod load;
 pub mod lower;
 pub mod script;
 pub mod shard;
+pub mod table;
 pub mod topo;

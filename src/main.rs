@@ -1,2 +1,5 @@
-//! The binary `engine`.
-fn main() {}
+//! The binary `engine`: the library's command line.
+
+fn main() -> std::process::ExitCode {
+    kernelcast::cli::main()
+}

@@ -1,2 +1,3 @@
 //! FP8 numerics: codecs and the named block-quantization recipes, bit-exact.
-pub mod recipe; pub use recipe::*;
+pub mod recipe;
+pub use recipe::*;

@@ -36,13 +36,14 @@ pub fn infer_all(plan: &Plan, place: &Place) -> (Vec<Option<Type>>, Vec<(usize, 
     for (index, node) in plan.nodes.iter().enumerate() {
         let inputs: Option<Vec<&Type>> =
             node.inputs.iter().map(|i| types[i.0 as usize].as_ref()).collect();
-        let found = inputs.and_then(|inputs| match infer(&node.op, &inputs, place, &plan.sources) {
-            Ok(t) => Some(t),
-            Err(e) => {
-                errors.push((index, e));
-                None
-            }
-        });
+        let found =
+            inputs.and_then(|inputs| match infer(&node.op, &inputs, place, &plan.sources) {
+                Ok(t) => Some(t),
+                Err(e) => {
+                    errors.push((index, e));
+                    None
+                }
+            });
         types.push(found);
     }
     (types, errors)
@@ -124,17 +125,18 @@ fn checked(t: Type) -> Result<Type, TypeError> {
     let bytes = t.shape.iter().try_fold(t.dtype.size(), |a, n| a.checked_mul(*n));
     match bytes.filter(|b| *b <= i64::MAX as u64) {
         Some(_) => Ok(t),
-        None => bad("E0209", format!("{} has more bytes than fit 63 bits", show_shape(&t.shape))),
+        None => {
+            bad("E0209", format!("{} has more bytes than fit 63 bits", show_shape(&t.shape)))
+        }
     }
 }
 
 fn dim_of(t: &Type, dim: usize) -> Result<u64, TypeError> {
     match t.shape.get(dim) {
         Some(size) => Ok(*size),
-        None => bad(
-            "E0202",
-            format!("there is no dimension {dim} in {}", show_shape(&t.shape)),
-        ),
+        None => {
+            bad("E0202", format!("there is no dimension {dim} in {}", show_shape(&t.shape)))
+        }
     }
 }
 
@@ -172,7 +174,9 @@ pub(crate) fn head_rows(
     hinted(
         "E0302",
         format!("{heads} heads of {head} rows do not divide over {axis} = {ranks}"),
-        format!("use a {axis} that divides {heads}, or is a multiple of it (heads then repeat)"),
+        format!(
+            "use a {axis} that divides {heads}, or is a multiple of it (heads then repeat)"
+        ),
     )
 }
 
@@ -200,7 +204,10 @@ fn cut_label(
     Err(TypeError {
         code: "E0304",
         message: format!("a cut at {at} crosses a quantization block of {block}"),
-        label: Some(format!("{what} cuts {size} into {local}: {at} mod {block} = {}", at % block)),
+        label: Some(format!(
+            "{what} cuts {size} into {local}: {at} mod {block} = {}",
+            at % block
+        )),
         hint: Some(
             "write .shard before .quantize to quantize each rank's own rows; an FP8 source \
              can only be cut at multiples of its block"
@@ -268,10 +275,7 @@ fn same_kind(op: &str, a: &Type, b: &Type) -> Result<(), TypeError> {
     }
     if a.quant.map(|q| (q.block, q.scales)) != b.quant.map(|q| (q.block, q.scales)) {
         let show = |t: &Type| t.quant.map_or("none".to_owned(), |q| q.block.to_string());
-        return bad(
-            "E0207",
-            format!("{op} of values with blocks {} and {}", show(a), show(b)),
-        );
+        return bad("E0207", format!("{op} of values with blocks {} and {}", show(a), show(b)));
     }
     Ok(())
 }
@@ -315,10 +319,7 @@ fn slice(t: &Type, dim: usize, start: u64, end: u64) -> Result<Type, TypeError> 
 
 fn reshape(t: &Type, shape: &[i64]) -> Result<Type, TypeError> {
     let Some(dims) = reshape_dims(shape, t.elements()) else {
-        return bad(
-            "E0204",
-            format!("{} does not reshape to {shape:?}", show_shape(&t.shape)),
-        );
+        return bad("E0204", format!("{} does not reshape to {shape:?}", show_shape(&t.shape)));
     };
     if let Some(q) = t.quant {
         let row = |s: &[u64]| (s.len() >= 2).then(|| (s[s.len() - 2], s[s.len() - 1]));
@@ -359,7 +360,10 @@ fn permute(t: &Type, dims: &[usize]) -> Result<Type, TypeError> {
         return bad("E0202", format!("{dims:?} names {} of {rank} dimensions", dims.len()));
     }
     if t.quant.is_some() && !dims[rank - 2..].iter().all(|d| in_matrix(t, *d)) {
-        return bad("E0208", "a permute may not move a quantized value's last two dimensions away");
+        return bad(
+            "E0208",
+            "a permute may not move a quantized value's last two dimensions away",
+        );
     }
     let shape: Dims = dims.iter().map(|d| t.shape[*d]).collect();
     Ok(Type { shape, ..t.clone() })
@@ -477,7 +481,10 @@ fn refine(t: &Type, block: u64) -> Result<Type, TypeError> {
         return bad("E0208", "refine of a value that is not quantized");
     };
     if block == 0 || !q.block.is_multiple_of(block) {
-        return bad("E0210", format!("a block of {} is not made of blocks of {block}", q.block));
+        return bad(
+            "E0210",
+            format!("a block of {} is not made of blocks of {block}", q.block),
+        );
     }
     Ok(Type { quant: Some(Quant { block, ..q }), ..t.clone() })
 }

@@ -91,10 +91,8 @@ pub(crate) fn reshape_dims(shape: &[i64], elements: u64) -> Option<Dims> {
     if shape.iter().filter(|s| **s == -1).count() > 1 || shape.iter().any(|s| *s < -1) {
         return None;
     }
-    let known = shape
-        .iter()
-        .filter(|s| **s >= 0)
-        .try_fold(1u64, |a, s| a.checked_mul(*s as u64))?;
+    let known =
+        shape.iter().filter(|s| **s >= 0).try_fold(1u64, |a, s| a.checked_mul(*s as u64))?;
     let rest = elements.checked_div(known)?;
     let dims: Dims = shape.iter().map(|s| if *s < 0 { rest } else { *s as u64 }).collect();
     let product = dims.iter().try_fold(1u64, |a, s| a.checked_mul(*s))?;

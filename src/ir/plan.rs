@@ -30,7 +30,10 @@ pub struct Source {
 pub enum SourceFormat {
     Plain(DType),
     /// e4m3 codes with a scale for each tile of `block` × `block`.
-    Quantized { block: u64, scale: SourceScale },
+    Quantized {
+        block: u64,
+        scale: SourceScale,
+    },
 }
 
 /// The tensor of scales beside a quantized source.

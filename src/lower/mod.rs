@@ -1,10 +1,10 @@
 //! From resolved pieces to a program: distinct units of work, and who receives each.
 
-mod program;
 mod print;
+mod program;
 
 pub use print::{print_program, print_shards};
-pub(crate) use program::{recipe_of, scale_size};
+pub(crate) use program::recipe_of;
 pub use program::{
     Part, Program, ProgramSource, RankProgram, Target, TargetKind, TargetStorage, Unit,
 };

@@ -2,7 +2,6 @@
 
 use crate::diag::Span;
 use crate::dtype::DType;
-use crate::fp8::ScaleFormat;
 use crate::ir::{Dims, Quant, Type};
 use crate::shard::{Expr, Piece, TilesFrom};
 use crate::topo::{Coords, RankId};
@@ -143,12 +142,4 @@ pub(crate) fn recipe_of(pieces: &[Piece]) -> Option<&'static str> {
         },
         _ => None,
     })
-}
-
-/// Size of one stored scale.
-pub(crate) fn scale_size(format: ScaleFormat) -> u64 {
-    match format {
-        ScaleFormat::F32 => 4,
-        ScaleFormat::E8m0 => 1,
-    }
 }

@@ -20,7 +20,9 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
     let s = Rc::clone(state);
     FuncRegistration::new_index_getter().with_purity(true).register_into_engine(
         engine,
-        move |ctx: NativeCallContext, c: &mut Config, key: &str| config_get(&s, &ctx, c, key, None),
+        move |ctx: NativeCallContext, c: &mut Config, key: &str| {
+            config_get(&s, &ctx, c, key, None)
+        },
     );
     let s = Rc::clone(state);
     FuncRegistration::new("get").with_purity(true).register_into_engine(
@@ -46,8 +48,9 @@ fn config_get(
 ) -> Fallible<Dynamic> {
     let model = state.borrow().model.clone();
     let Some(model) = model else {
-        let d = Diagnostic::error("E0417", "the plan reads the model's config, but there is none")
-            .hint("give --model DIR, or call input(path) at the plan's top");
+        let d =
+            Diagnostic::error("E0417", "the plan reads the model's config, but there is none")
+                .hint("give --model DIR, or call input(path) at the plan's top");
         return raise(d.at(span_of(&state.borrow(), ctx)), ctx);
     };
     let object = config.path.iter().try_fold(&*model, |v, k| v.get(k));
@@ -77,8 +80,10 @@ fn config_get(
             .note("the plan asks for it here without a default");
             d.hint = Some(match super::errors::nearest(key, keys.unwrap_or_default()) {
                 Some(near) => format!("did the plan mean `{near}`?"),
-                None => format!("is this the right model for the plan? Else give a default: \
-                                 model.get(\"{key}\", ..)"),
+                None => format!(
+                    "is this the right model for the plan? Else give a default: \
+                                 model.get(\"{key}\", ..)"
+                ),
             });
             raise(d, ctx)
         }
@@ -119,7 +124,7 @@ fn to_dynamic_item(value: &Value, path: &[String]) -> Result<Dynamic, String> {
 }
 
 /// The facts that `--target` can set, with their defaults.
-pub(super) const FACTS: [&str; 5] =
+pub const FACTS: [&str; 5] =
     ["sm", "vllm", "moe_backend", "linear_backend", "sequence_parallel_moe"];
 
 fn fact(state: &Shared, ctx: &NativeCallContext, key: &str) -> Fallible<Dynamic> {

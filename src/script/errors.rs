@@ -47,7 +47,8 @@ pub(super) fn nearest<'a>(
     name: &str,
     names: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
-    let scored = names.into_iter().map(|n| (strsim::normalized_damerau_levenshtein(name, n), n));
+    let scored =
+        names.into_iter().map(|n| (strsim::normalized_damerau_levenshtein(name, n), n));
     let best = scored.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(a.1)))?;
     (best.0 >= 0.6).then_some(best.1)
 }
@@ -68,10 +69,7 @@ pub(super) fn parse_error(e: &ParseError) -> Diagnostic {
 
 /// A failed evaluation as one diagnostic; none where the replay's trap ended it and there is no
 /// call around it. The calls that led there become labels, innermost first.
-pub(super) fn translate(
-    state: &State,
-    error: EvalAltResult,
-) -> Option<Diagnostic> {
+pub(super) fn translate(state: &State, error: EvalAltResult) -> Option<Diagnostic> {
     let mut calls: Vec<(String, Span)> = Vec::new();
     let (mut error, mut source) = (error, None::<String>);
     let mut stack = Vec::new();
@@ -119,8 +117,9 @@ fn innermost(state: &State, error: EvalAltResult, at: Span) -> Diagnostic {
         EvalAltResult::ErrorTerminated(value, _) if value.is::<Trapped>() => {
             Diagnostic::error(TRAP, "trap")
         }
-        EvalAltResult::ErrorTerminated(..) => limit("time", at)
-            .hint("a plan takes milliseconds: look for a loop that never ends"),
+        EvalAltResult::ErrorTerminated(..) => {
+            limit("time", at).hint("a plan takes milliseconds: look for a loop that never ends")
+        }
         EvalAltResult::ErrorTooManyOperations(_) => {
             limit("the number of operations", at).hint("look for a loop that never ends")
         }
@@ -140,7 +139,8 @@ fn innermost(state: &State, error: EvalAltResult, at: Span) -> Diagnostic {
             Diagnostic::error("E0102", format!("there is no property here: {name}")).at(at)
         }
         EvalAltResult::ErrorIndexingType(what, _) => {
-            Diagnostic::error("E0110", format!("this cannot be indexed so: {what}")).at(at)
+            Diagnostic::error("E0110", format!("this cannot be indexed so: {what}"))
+                .at(at)
                 .hint("a parameter is written block[\"name\"] = tensor")
         }
         EvalAltResult::ErrorMismatchDataType(want, got, _) => {

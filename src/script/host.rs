@@ -6,8 +6,8 @@ use std::ops::{Range, RangeInclusive};
 use std::rc::Rc;
 
 use rhai::{
-    Array, Dynamic, Engine, EvalAltResult, FnPtr, FuncRegistration, ImmutableString, Map, Module,
-    NativeCallContext,
+    Array, Dynamic, Engine, EvalAltResult, FnPtr, FuncRegistration, ImmutableString, Map,
+    Module, NativeCallContext,
 };
 
 use crate::diag::{Diagnostic, Span};
@@ -34,8 +34,26 @@ impl Raised {
 
 /// Names that the host answers; a script may not define them.
 pub(super) const RESERVED: [&str; 20] = [
-    "tp", "dp", "ep", "etp", "pp", "model", "target", "none", "optional", "first_stage",
-    "last_stage", "f32", "bf16", "f16", "e4m3", "e8m0", "i32", "u8", "fp8", "stage",
+    "tp",
+    "dp",
+    "ep",
+    "etp",
+    "pp",
+    "model",
+    "target",
+    "none",
+    "optional",
+    "first_stage",
+    "last_stage",
+    "f32",
+    "bf16",
+    "f16",
+    "e4m3",
+    "e8m0",
+    "i32",
+    "u8",
+    "fp8",
+    "stage",
 ];
 
 pub(super) fn span_of(state: &State, ctx: &NativeCallContext) -> Span {
@@ -92,7 +110,10 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
 /// Reserved names, visible everywhere; defining one is refused.
 fn names(engine: &mut Engine, state: &Shared) {
     let s = Rc::clone(state);
-    #[expect(deprecated, reason = "marked volatile by rhai; nothing else reaches into closures")]
+    #[expect(
+        deprecated,
+        reason = "marked volatile by rhai; nothing else reaches into closures"
+    )]
     engine.on_var(move |name, _, _| Ok(reserved(&s.borrow(), name)));
     #[expect(deprecated, reason = "marked volatile by rhai; the only hook for definitions")]
     engine.on_def_var(|_, info, _| Ok(!RESERVED.contains(&info.name())));
@@ -125,9 +146,12 @@ fn blocks(engine: &mut Engine, state: &Shared) {
     engine.register_fn("path", |b: &mut Block| -> ImmutableString { b.path.as_str().into() });
 
     let s = Rc::clone(state);
-    engine.register_fn("src", move |ctx: NativeCallContext, b: &mut Block, n: &str, d: Array| {
-        source(&s, &ctx, b.join(n), &d, DType::Bf16)
-    });
+    engine.register_fn(
+        "src",
+        move |ctx: NativeCallContext, b: &mut Block, n: &str, d: Array| {
+            source(&s, &ctx, b.join(n), &d, DType::Bf16)
+        },
+    );
     let s = Rc::clone(state);
     engine.register_fn(
         "src",
@@ -136,9 +160,12 @@ fn blocks(engine: &mut Engine, state: &Shared) {
         },
     );
     let s = Rc::clone(state);
-    engine.register_fn("copy", move |ctx: NativeCallContext, b: &mut Block, n: &str, d: Array| {
-        copy(&s, &ctx, b.join(n), &d, DType::Bf16)
-    });
+    engine.register_fn(
+        "copy",
+        move |ctx: NativeCallContext, b: &mut Block, n: &str, d: Array| {
+            copy(&s, &ctx, b.join(n), &d, DType::Bf16)
+        },
+    );
     let s = Rc::clone(state);
     engine.register_fn(
         "copy",
@@ -200,7 +227,12 @@ fn dims(s: &Shared, ctx: &NativeCallContext, shape: &Array) -> Fallible<Dims> {
                 return refuse(s, ctx, "E0209", format!("a size of {n} in {shape:?}"));
             }
             Err(kind) => {
-                return refuse(s, ctx, "E0110", format!("a shape is whole numbers, not {kind}"));
+                return refuse(
+                    s,
+                    ctx,
+                    "E0110",
+                    format!("a shape is whole numbers, not {kind}"),
+                );
             }
         }
     }
@@ -209,7 +241,8 @@ fn dims(s: &Shared, ctx: &NativeCallContext, shape: &Array) -> Fallible<Dims> {
 
 fn moves(engine: &mut Engine, state: &Shared) {
     let s = Rc::clone(state);
-    engine.register_fn("cat", move |ctx: NativeCallContext, list: Array| cat(&s, &ctx, list, 0));
+    engine
+        .register_fn("cat", move |ctx: NativeCallContext, list: Array| cat(&s, &ctx, list, 0));
     let s = Rc::clone(state);
     engine.register_fn("cat", move |ctx: NativeCallContext, list: Array, dim: i64| {
         cat(&s, &ctx, list, dim)
@@ -221,7 +254,8 @@ fn moves(engine: &mut Engine, state: &Shared) {
     });
     let s = Rc::clone(state);
     engine.register_fn("stack", move |ctx: NativeCallContext, r: Range<i64>, f: FnPtr| {
-        let parts: Fallible<Vec<Tensor>> = r.map(|i| f.call_within_context(&ctx, (i,))).collect();
+        let parts: Fallible<Vec<Tensor>> =
+            r.map(|i| f.call_within_context(&ctx, (i,))).collect();
         push(&s, &ctx, Op::Stack, &parts?)
     });
     let s = Rc::clone(state);
@@ -311,7 +345,9 @@ fn ints(s: &Shared, ctx: &NativeCallContext, list: Array) -> Fallible<Vec<i64>> 
     list.iter()
         .map(|item| match item.as_int() {
             Ok(n) => Ok(n),
-            Err(kind) => refuse(s, ctx, "E0110", format!("expected whole numbers, found {kind}")),
+            Err(kind) => {
+                refuse(s, ctx, "E0110", format!("expected whole numbers, found {kind}"))
+            }
         })
         .collect()
 }
@@ -332,9 +368,12 @@ fn size_arg(s: &Shared, ctx: &NativeCallContext, n: i64, what: &str) -> Fallible
 
 fn values(engine: &mut Engine, state: &Shared) {
     let s = Rc::clone(state);
-    engine.register_fn("pad_to", move |ctx: NativeCallContext, t: &mut Tensor, d: i64, m: i64| {
-        pad(&s, &ctx, *t, d, m, 0.0)
-    });
+    engine.register_fn(
+        "pad_to",
+        move |ctx: NativeCallContext, t: &mut Tensor, d: i64, m: i64| {
+            pad(&s, &ctx, *t, d, m, 0.0)
+        },
+    );
     let s = Rc::clone(state);
     engine.register_fn(
         "pad_to",
@@ -451,7 +490,9 @@ fn recipes(engine: &mut Engine, state: &Shared) {
     engine.register_fn("block", move |ctx: NativeCallContext, r: RecipeValue, b: i64| {
         let block = match b {
             128 | 64 | 32 => b as u32,
-            _ => return refuse(&s, &ctx, "E0110", format!("a block is 128, 64 or 32, not {b}")),
+            _ => {
+                return refuse(&s, &ctx, "E0110", format!("a block is 128, 64 or 32, not {b}"));
+            }
         };
         Ok(match r {
             RecipeValue::None => r,
@@ -466,27 +507,33 @@ fn recipes(engine: &mut Engine, state: &Shared) {
         })
     });
     let s = Rc::clone(state);
-    engine.register_fn("scales", move |ctx: NativeCallContext, r: RecipeValue, d: DTypeValue| {
-        scales(&s, &ctx, r, d.0)
-    });
+    engine
+        .register_fn("scales", move |ctx: NativeCallContext, r: RecipeValue, d: DTypeValue| {
+            scales(&s, &ctx, r, d.0)
+        });
     let s = Rc::clone(state);
-    engine.register_fn("scale_suffix", move |ctx: NativeCallContext, r: RecipeValue, t: &str| {
-        let name = match t {
-            "_scale_inv" => ScaleName::ScaleInv,
-            "_scale" => ScaleName::Scale,
-            _ => {
-                let why = format!("a scale's suffix is _scale_inv or _scale, not `{t}`");
-                return refuse(&s, &ctx, "E0110", why);
-            }
-        };
-        Ok(match r {
-            RecipeValue::None => r,
-            RecipeValue::One { recipe, .. } => RecipeValue::One { recipe, scale_name: name },
-            RecipeValue::TwoStep { first, second, .. } => {
-                RecipeValue::TwoStep { first, second, scale_name: name }
-            }
-        })
-    });
+    engine.register_fn(
+        "scale_suffix",
+        move |ctx: NativeCallContext, r: RecipeValue, t: &str| {
+            let name = match t {
+                "_scale_inv" => ScaleName::ScaleInv,
+                "_scale" => ScaleName::Scale,
+                _ => {
+                    let why = format!("a scale's suffix is _scale_inv or _scale, not `{t}`");
+                    return refuse(&s, &ctx, "E0110", why);
+                }
+            };
+            Ok(match r {
+                RecipeValue::None => r,
+                RecipeValue::One { recipe, .. } => {
+                    RecipeValue::One { recipe, scale_name: name }
+                }
+                RecipeValue::TwoStep { first, second, .. } => {
+                    RecipeValue::TwoStep { first, second, scale_name: name }
+                }
+            })
+        },
+    );
     engine.register_fn("==", |a: RecipeValue, b: RecipeValue| a == b);
     engine.register_fn("!=", |a: RecipeValue, b: RecipeValue| a != b);
 }
@@ -502,7 +549,8 @@ fn scales(
         DType::E8m0 => ScaleFormat::E8m0,
         _ => return refuse(s, ctx, "E0110", format!("scales are f32 or e8m0, not {dtype}")),
     };
-    let powers = |recipe: Recipe| recipe.kind == RecipeKind::Ue8m0 || scales == ScaleFormat::F32;
+    let powers =
+        |recipe: Recipe| recipe.kind == RecipeKind::Ue8m0 || scales == ScaleFormat::F32;
     match r {
         RecipeValue::None => Ok(r),
         RecipeValue::One { recipe, scale_name } if powers(recipe) => {
@@ -533,15 +581,18 @@ fn rules(engine: &mut Engine, state: &Shared) {
         });
     }
     let s = Rc::clone(state);
-    engine.register_fn("require", move |ctx: NativeCallContext, ok: bool, message: &str| -> Fallible<()> {
-        let mut state = s.borrow_mut();
-        let event = trapped(state.event(), &ctx)?;
-        if !ok {
-            let at = span_of(&state, &ctx);
-            state.problem(event, Diagnostic::error("E0108", message).at(at));
-        }
-        Ok(())
-    });
+    engine.register_fn(
+        "require",
+        move |ctx: NativeCallContext, ok: bool, message: &str| -> Fallible<()> {
+            let mut state = s.borrow_mut();
+            let event = trapped(state.event(), &ctx)?;
+            if !ok {
+                let at = span_of(&state, &ctx);
+                state.problem(event, Diagnostic::error("E0108", message).at(at));
+            }
+            Ok(())
+        },
+    );
     let s = Rc::clone(state);
     engine.register_fn("ignored", move |ctx: NativeCallContext, b: &mut Block, name: &str| {
         ignored(&s, &ctx, &b.join(name))
@@ -606,7 +657,8 @@ fn declarations(engine: &mut Engine, state: &Shared) {
         restart_if(&mut state, &ctx, |s| first && s.wants_declared_mesh)
     });
     let s = Rc::clone(state);
-    engine.register_fn("stage", move |ctx: NativeCallContext, layer: i64| stage(&s, &ctx, layer));
+    engine
+        .register_fn("stage", move |ctx: NativeCallContext, layer: i64| stage(&s, &ctx, layer));
     option(engine, state);
 }
 
@@ -634,7 +686,12 @@ fn stage(s: &Shared, ctx: &NativeCallContext, layer: i64) -> Fallible<bool> {
     }
     let layers = model.and_then(|m| m.get("num_hidden_layers")?.as_u64());
     let (Some(layers), Ok(layer)) = (layers, u64::try_from(layer)) else {
-        return refuse(s, ctx, "E0104", "stages need num_hidden_layers in the model's config.json");
+        return refuse(
+            s,
+            ctx,
+            "E0104",
+            "stages need num_hidden_layers in the model's config.json",
+        );
     };
     if layers < pp {
         return refuse(s, ctx, "E0301", format!("{layers} layers over pp = {pp} stages"));
@@ -656,9 +713,12 @@ fn stage(s: &Shared, ctx: &NativeCallContext, layer: i64) -> Fallible<bool> {
 
 fn option(engine: &mut Engine, state: &Shared) {
     let s = Rc::clone(state);
-    engine.register_fn("option", move |ctx: NativeCallContext, name: &str, default: Dynamic| {
-        chosen(&s, &ctx, name, default, None)
-    });
+    engine.register_fn(
+        "option",
+        move |ctx: NativeCallContext, name: &str, default: Dynamic| {
+            chosen(&s, &ctx, name, default, None)
+        },
+    );
     let s = Rc::clone(state);
     engine.register_fn(
         "option",

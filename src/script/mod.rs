@@ -20,6 +20,7 @@ use crate::dtype::DType;
 use crate::ir::{Dims, Plan};
 use crate::topo::{Coords, InferMesh};
 
+pub use config::FACTS;
 pub use limits::Limits;
 pub use modules::{BuiltinModules, ModuleFiles, NoModules};
 use state::State;
@@ -93,7 +94,11 @@ pub fn evaluate(request: &Request<'_>) -> Outcome {
     if let Some(failure) = failure {
         problems.push(failure);
     }
-    Outcome::Done { declared: state.declared.clone(), plan: Box::new(state.into_plan()), problems }
+    Outcome::Done {
+        declared: state.declared.clone(),
+        plan: Box::new(state.into_plan()),
+        problems,
+    }
 }
 
 /// Adds the call chain to late diagnostics: each is paired with the event it belongs to.

@@ -104,11 +104,16 @@ fn compile(
         if let Some(param) = clash {
             let d = Diagnostic::error(
                 "E0107",
-                format!("function {} has a parameter named `{param}`, a reserved name",
-                    function.name),
+                format!(
+                    "function {} has a parameter named `{param}`, a reserved name",
+                    function.name
+                ),
             )
             .hint("give the parameter another name");
-            return Err(Box::new(EvalAltResult::ErrorRuntime(Raised::value(d), Position::NONE)));
+            return Err(Box::new(EvalAltResult::ErrorRuntime(
+                Raised::value(d),
+                Position::NONE,
+            )));
         }
     }
     Ok(ast)

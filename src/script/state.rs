@@ -91,7 +91,8 @@ impl State {
     /// The span of a point that rhai reports; without one, the start of the plan.
     pub fn point(&self, source: Option<&str>, at: Position) -> Span {
         let named = source.and_then(|s| self.files.find(s));
-        let file = named.or_else(|| self.files.find(&self.name)).unwrap_or(crate::diag::FileId(0));
+        let file =
+            named.or_else(|| self.files.find(&self.name)).unwrap_or(crate::diag::FileId(0));
         let line = at.line().unwrap_or(1) as u32;
         self.files.token_at(file, line, at.position().unwrap_or(1) as u32)
     }
@@ -186,7 +187,10 @@ impl State {
             return Ok(SourceFormat::Plain(declared));
         }
         let Some(found) = self.catalog.get(name) else {
-            return Err(Diagnostic::error("E0401", format!("there is no source tensor {name}")));
+            return Err(Diagnostic::error(
+                "E0401",
+                format!("there is no source tensor {name}"),
+            ));
         };
         if found.shape != *shape {
             return Err(Diagnostic::error(
@@ -202,7 +206,10 @@ impl State {
         let Some(dtype) = found.dtype else {
             return Err(Diagnostic::error(
                 "E0418",
-                format!("{name} is stored as {}, which the engine does not read", found.dtype_name),
+                format!(
+                    "{name} is stored as {}, which the engine does not read",
+                    found.dtype_name
+                ),
             ));
         };
         if dtype == DType::E4m3 && declared.is_float() {

@@ -36,9 +36,16 @@ pub(super) struct AxisValue {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum RecipeValue {
     None,
-    One { recipe: Recipe, scale_name: ScaleName },
+    One {
+        recipe: Recipe,
+        scale_name: ScaleName,
+    },
     /// vLLM's DeepGEMM load path: quantize, dequantize to f32, quantize to powers of two.
-    TwoStep { first: Recipe, second: Recipe, scale_name: ScaleName },
+    TwoStep {
+        first: Recipe,
+        second: Recipe,
+        scale_name: ScaleName,
+    },
 }
 
 /// An element type's name in a plan.

@@ -62,7 +62,8 @@ pub(super) fn through_reshape(old: &[u64], new: &[u64], window: &Window) -> Vec<
     };
     let mut pairs = vec![empty];
     for (o, n) in groups(old, new) {
-        let part = Window { lo: window.lo[n.clone()].into(), len: window.len[n.clone()].into() };
+        let part =
+            Window { lo: window.lo[n.clone()].into(), len: window.len[n.clone()].into() };
         let found = in_group(&old[o], &new[n], &part);
         pairs = pairs
             .iter()
@@ -121,7 +122,10 @@ fn in_group(old: &[u64], new: &[u64], window: &Window) -> Vec<Pair> {
     for (mut start, mut left) in flat_runs(new, window) {
         while left > 0 {
             let count = common_prefix(old, new, start, left);
-            out.push(Pair { old: prefix_box(old, start, count), new: prefix_box(new, start, count) });
+            out.push(Pair {
+                old: prefix_box(old, start, count),
+                new: prefix_box(new, start, count),
+            });
             start += count;
             left -= count;
         }

@@ -73,13 +73,28 @@ pub struct Made {
 pub enum Expr {
     Load(View),
     /// One value everywhere, as the bits of an f64.
-    Fill { dtype: DType, bits: u64 },
-    Cast { dtype: DType, value: Box<Expr> },
+    Fill {
+        dtype: DType,
+        bits: u64,
+    },
+    Cast {
+        dtype: DType,
+        value: Box<Expr>,
+    },
     /// The factor as the bits of an f64; the product is made in f32.
-    Scale { factor: u64, value: Box<Expr> },
-    Add { left: Box<Expr>, right: Box<Expr> },
+    Scale {
+        factor: u64,
+        value: Box<Expr>,
+    },
+    Add {
+        left: Box<Expr>,
+        right: Box<Expr>,
+    },
     Tiles(Box<Tiles>),
-    Dequantize { dtype: DType, tiles: Box<Tiles> },
+    Dequantize {
+        dtype: DType,
+        tiles: Box<Tiles>,
+    },
 }
 
 /// A box of a local tensor (or of a window of it) and what fills it.
@@ -333,7 +348,8 @@ pub(crate) fn crop_pieces(pieces: &[Piece], window: &Window) -> Vec<Piece> {
     let mut out = Vec::new();
     for piece in pieces {
         let Some(common) = piece.at.intersect(window) else { continue };
-        let sub = |a: &[u64], b: &[u64]| -> Dims { a.iter().zip(b).map(|(x, y)| x - y).collect() };
+        let sub =
+            |a: &[u64], b: &[u64]| -> Dims { a.iter().zip(b).map(|(x, y)| x - y).collect() };
         let expr = piece.expr.crop(&sub(&common.lo, &piece.at.lo), &common.len);
         let lo = sub(&common.lo, &window.lo);
         out.push(Piece { at: Window { lo, len: common.len }, expr });

@@ -114,8 +114,7 @@ impl Resolver<'_> {
                 if self.is_quantized(node.inputs[0]) {
                     return inner(0, window);
                 }
-                let (region, phase) =
-                    whole_tiles(window, shape_of(0), u64::from(recipe.block));
+                let (region, phase) = whole_tiles(window, shape_of(0), u64::from(recipe.block));
                 let input = inner(0, &region)?;
                 let made = Made { recipe: *recipe, extent: region.len, input };
                 let refined = u64::from(recipe.block);
@@ -226,7 +225,8 @@ impl Resolver<'_> {
         let mut out = Vec::new();
         for pair in through_reshape(old, new, window) {
             let inner = self.walk(input, &pair.old, walk)?;
-            let pieces = reshape_pieces(inner, &pair.old.len, &pair.new.len).ok_or(NoBoxes(id))?;
+            let pieces =
+                reshape_pieces(inner, &pair.old.len, &pair.new.len).ok_or(NoBoxes(id))?;
             for mut piece in pieces {
                 for d in 0..new.len() {
                     piece.at.lo[d] += pair.new.lo[d] - window.lo[d];
@@ -245,7 +245,13 @@ impl Resolver<'_> {
         Ok(wrap(pieces, |value| Expr::Cast { dtype, value }))
     }
 
-    fn dequantize(&self, input: NodeId, dtype: DType, window: &Window, walk: &Walk<'_>) -> Pieces {
+    fn dequantize(
+        &self,
+        input: NodeId,
+        dtype: DType,
+        window: &Window,
+        walk: &Walk<'_>,
+    ) -> Pieces {
         if walk.derived
             && let Some(param) = self.landed.get(&input)
         {
@@ -296,7 +302,10 @@ fn stored(codes: View, scales: View, block: u64, refined: u64, window: &Window) 
 }
 
 fn at_origin(window: &Window, expr: Expr) -> Piece {
-    Piece { at: Window { lo: SmallVec::from_elem(0, window.lo.len()), len: window.len.clone() }, expr }
+    Piece {
+        at: Window { lo: SmallVec::from_elem(0, window.lo.len()), len: window.len.clone() },
+        expr,
+    }
 }
 
 fn shifted(window: &Window, dim: usize, by: u64) -> Window {
@@ -357,7 +366,8 @@ fn unsqueeze_tiles(tiles: Tiles) -> Tiles {
 
 fn wrap(mut pieces: Vec<Piece>, f: impl Fn(Box<Expr>) -> Expr) -> Vec<Piece> {
     for piece in &mut pieces {
-        let inner = std::mem::replace(&mut piece.expr, Expr::Fill { dtype: DType::U8, bits: 0 });
+        let inner =
+            std::mem::replace(&mut piece.expr, Expr::Fill { dtype: DType::U8, bits: 0 });
         piece.expr = f(Box::new(inner));
     }
     pieces

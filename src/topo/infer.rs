@@ -241,7 +241,15 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for text in ["tp=0", "xp=2", "tp=2,tp=4", "tp", "tp=2,ep=4", "tp=-1", "redundant_experts=2,eplb=0"] {
+        for text in [
+            "tp=0",
+            "xp=2",
+            "tp=2,tp=4",
+            "tp",
+            "tp=2,ep=4",
+            "tp=-1",
+            "redundant_experts=2,eplb=0",
+        ] {
             assert_eq!(InferMesh::parse(text).unwrap_err().code, "E0307", "{text}");
         }
         assert!(InferMesh::parse("tp=4000000000,dp=4000000000,ep=1").is_err());

@@ -79,8 +79,10 @@ pub(super) fn parse_axes(
     known: &[&str],
 ) -> Result<BTreeMap<String, u64>, Diagnostic> {
     let bad = |message: String| {
-        Diagnostic::error("E0307", message)
-            .hint(format!("write axes as NAME=SIZE with commas; names are {}", known.join(", ")))
+        Diagnostic::error("E0307", message).hint(format!(
+            "write axes as NAME=SIZE with commas; names are {}",
+            known.join(", ")
+        ))
     };
     let mut axes = BTreeMap::new();
     for word in text.split(',').map(str::trim).filter(|w| !w.is_empty()) {
@@ -92,7 +94,9 @@ pub(super) fn parse_axes(
             return Err(bad(format!("there is no axis `{name}`")));
         }
         let Ok(size) = size.parse::<u64>() else {
-            return Err(bad(format!("the size of axis {name} is `{size}`, not a whole number")));
+            return Err(bad(format!(
+                "the size of axis {name} is `{size}`, not a whole number"
+            )));
         };
         if axes.insert(name.to_owned(), size).is_some() {
             return Err(bad(format!("axis {name} is given twice")));

@@ -1,0 +1,77 @@
+//! The command line: text to arguments, arguments to library calls, results to the terminal.
+
+mod args;
+mod dry_run;
+mod inputs;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::diag::{Diagnostic, Format, SourceMap, render, summary};
+use crate::error::Error;
+
+pub use args::Args;
+use args::Command;
+
+/// What a command gives back: an error with the plan files that it points into.
+pub(crate) struct Failure {
+    pub error: Error,
+    pub files: SourceMap,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure { error, files: SourceMap::default() }
+    }
+}
+
+impl From<Diagnostic> for Failure {
+    fn from(d: Diagnostic) -> Self {
+        Error::from(d).into()
+    }
+}
+
+impl From<crate::compile::CompileError> for Failure {
+    fn from(e: crate::compile::CompileError) -> Self {
+        Failure { error: e.error, files: e.files }
+    }
+}
+
+/// Parses the command line and runs it; the exit status says how it ended.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let json = args.command.json();
+    let result = match &args.command {
+        Command::DryRun(a) => dry_run::run(a),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            report(&failure.error.diagnostics, &failure.files, json);
+            ExitCode::from(failure.error.exit_code())
+        }
+    }
+}
+
+/// Prints diagnostics on standard error.
+pub(crate) fn report(diagnostics: &[Diagnostic], files: &SourceMap, json: bool) {
+    let mut err = std::io::stderr().lock();
+    let color = err.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let format = if json { Format::Json } else { Format::Text { color } };
+    // Nobody is left to tell if standard error is closed.
+    let _ = write!(err, "{}", render(diagnostics, files, format));
+    if !json {
+        let line = summary(diagnostics);
+        if !line.is_empty() {
+            let _ = writeln!(err, "\n{line}");
+        }
+    }
+}
+
+/// Prints a result on standard output; a closed pipe is not an error.
+pub(crate) fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
