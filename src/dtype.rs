@@ -24,15 +24,8 @@ pub enum DType {
 
 impl DType {
     /// Every element type, in the order of declaration.
-    pub const ALL: [DType; 7] = [
-        DType::F32,
-        DType::Bf16,
-        DType::F16,
-        DType::E4m3,
-        DType::E8m0,
-        DType::I32,
-        DType::U8,
-    ];
+    pub const ALL: [DType; 7] =
+        [DType::F32, DType::Bf16, DType::F16, DType::E4m3, DType::E8m0, DType::I32, DType::U8];
 
     /// Size of one element in bytes.
     pub const fn size(self) -> u64 {

@@ -10,13 +10,11 @@ pub struct Code {
 }
 
 /// Every code the engine can print, in order.
-pub const CODES: &[Code] = &[
-    Code {
-        code: "E0601",
-        title: "a file could not be read or written",
-        text: "The operating system refused a read or a write. The message names the file and the reason. Nothing of the update was published.",
-    },
-];
+pub const CODES: &[Code] = &[Code {
+    code: "E0601",
+    title: "a file could not be read or written",
+    text: "The operating system refused a read or a write. The message names the file and the reason. Nothing of the update was published.",
+}];
 
 /// Looks a code up, with or without regard to case.
 pub fn find(code: &str) -> Option<&'static Code> {
