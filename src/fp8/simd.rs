@@ -87,6 +87,9 @@ pub(crate) fn amax_f32(level: Level, tile: Tile<'_, f32>) -> u32 {
 }
 
 /// Writes the codes of a tile.
+///
+/// The vector kernels handle quotients up to 464, which is every one whose scale comes from
+/// the tile's own maximum. They report the others, and the definition writes those tiles.
 pub(crate) fn encode(
     level: Level,
     step: Step,
@@ -94,19 +97,22 @@ pub(crate) fn encode(
     out: &mut [u8],
     out_stride: usize,
 ) {
-    match (level.0, source) {
-        (Set::Scalar, Source::Bf16(tile)) => {
-            encode_scalar(step, tile, bf16_to_f32, out, out_stride);
-        }
-        (Set::Scalar, Source::F32(tile)) => {
-            encode_scalar(step, tile, |x| x, out, out_stride);
-        }
+    let (Step::Multiply(by) | Step::Divide(by)) = step;
+    let done = match level.0 {
+        // The kernels take signs from the elements; no recipe has a negative scale.
+        _ if by.is_sign_negative() => false,
+        Set::Scalar => false,
         // SAFETY: a level exists only where the processor has its instructions.
         #[cfg(target_arch = "x86_64")]
-        (Set::Avx2, _) => unsafe { avx2::encode(step, source, out, out_stride) },
+        Set::Avx2 => unsafe { avx2::encode(step, source, out, out_stride) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        (Set::Avx512, _) => unsafe { avx512::encode(step, source, out, out_stride) },
+        Set::Avx512 => unsafe { avx512::encode(step, source, out, out_stride) },
+    };
+    match source {
+        _ if done => {}
+        Source::Bf16(tile) => encode_scalar(step, tile, bf16_to_f32, out, out_stride),
+        Source::F32(tile) => encode_scalar(step, tile, |x| x, out, out_stride),
     }
 }
 
@@ -131,7 +137,7 @@ fn encode_chunks<T: Copy + Default>(
     tile: Tile<'_, T>,
     out: &mut [u8],
     out_stride: usize,
-    encode: impl Fn(&[T; CHUNK], &mut [u8; CHUNK]),
+    mut encode: impl FnMut(&[T; CHUNK], &mut [u8; CHUNK]),
 ) {
     for row in 0..tile.rows {
         let (chunks, tail) = tile.row(row).as_chunks::<CHUNK>();
@@ -154,17 +160,23 @@ fn padded<T: Copy + Default>(tail: &[T]) -> [T; CHUNK] {
     chunk
 }
 
-/// Numbers that both vector widths round with; `codec` explains them.
+/// What both vector widths round with.
+///
+/// To |y| is added 2^(e + 20), e being its exponent, not below -6 (the subnormals): the sum's
+/// last bit is worth one e4m3fn step, so the f32 addition itself rounds, ties to even. Its low
+/// bits then hold the steps above 2^e or, for subnormals, above zero; its exponent, shifted
+/// down to bit 3, adds the codes below 2^e. An even constant in the low bits cancels what the
+/// biases bring in, modulo 256.
 #[cfg(target_arch = "x86_64")]
 mod bits {
     pub const ABS: i32 = 0x7fff_ffff;
-    pub const INFINITY: i32 = 0x7f80_0000;
-    pub const MAX: i32 = 0x43e0_0000;
+    pub const EXPONENT: i32 = 0x7f80_0000;
+    /// 2^-6, the smallest normal e4m3fn.
     pub const MIN_NORMAL: i32 = 0x3c80_0000;
-    pub const MAGIC: f32 = 16_384.0;
-    pub const MAGIC_BITS: i32 = 0x4680_0000;
-    /// Half a step less one, less the difference of the exponent biases.
-    pub const ROUND: i32 = 0x7_ffff - (120 << 23);
+    /// 20 in the exponent field, and -(141 * 8) modulo 256.
+    pub const MAGIC: i32 = (20 << 23) + 152;
+    /// 464.0: above it the largest code no longer follows from rounding.
+    pub const LIMIT: u32 = 0x43e8_0000;
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -195,95 +207,108 @@ mod avx512 {
         let abs = _mm512_set1_epi32(bits::ABS);
         let mut amax = _mm512_setzero_si512();
         for_chunks(tile, |chunk| {
-            let [low, high] = halves_f32(chunk);
+            let [low, high] = halves(chunk);
             amax = _mm512_max_epu32(amax, _mm512_and_si512(_mm512_castps_si512(low), abs));
             amax = _mm512_max_epu32(amax, _mm512_and_si512(_mm512_castps_si512(high), abs));
         });
         _mm512_reduce_max_epu32(amax)
     }
 
+    /// False if a quotient lies beyond 464 or is NaN: then the codes are not valid.
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub fn encode(step: Step, source: Source<'_>, out: &mut [u8], out_stride: usize) {
-        match source {
-            Source::Bf16(tile) => encode_tile(step, tile, out, out_stride, |c| halves_bf16(c)),
-            Source::F32(tile) => encode_tile(step, tile, out, out_stride, |c| halves_f32(c)),
+    pub fn encode(step: Step, source: Source<'_>, out: &mut [u8], out_stride: usize) -> bool {
+        let mut seen = _mm512_setzero_si512();
+        match (source, step) {
+            (Source::Bf16(tile), Step::Multiply(by)) => {
+                let by = _mm512_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = bf16_codes(chunk, &mut seen, |x| _mm512_mul_ps(x, by));
+                });
+            }
+            (Source::Bf16(tile), Step::Divide(by)) => {
+                let by = _mm512_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = bf16_codes(chunk, &mut seen, |x| _mm512_div_ps(x, by));
+                });
+            }
+            (Source::F32(tile), Step::Multiply(by)) => {
+                let by = _mm512_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = f32_codes(chunk, &mut seen, |x| _mm512_mul_ps(x, by));
+                });
+            }
+            (Source::F32(tile), Step::Divide(by)) => {
+                let by = _mm512_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = f32_codes(chunk, &mut seen, |x| _mm512_div_ps(x, by));
+                });
+            }
         }
+        _mm512_reduce_max_epu32(seen) <= bits::LIMIT
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn encode_tile<T: Copy + Default>(
-        step: Step,
-        tile: Tile<'_, T>,
-        out: &mut [u8],
-        out_stride: usize,
-        widen: impl Fn(&[T; CHUNK]) -> [__m512; 2],
-    ) {
-        match step {
-            Step::Multiply(by) => {
-                let by = _mm512_set1_ps(by);
-                encode_chunks(tile, out, out_stride, |chunk, codes| {
-                    *codes = codes_of(widen(chunk).map(|x| _mm512_mul_ps(x, by)));
-                });
-            }
-            Step::Divide(by) => {
-                let by = _mm512_set1_ps(by);
-                encode_chunks(tile, out, out_stride, |chunk, codes| {
-                    *codes = codes_of(widen(chunk).map(|x| _mm512_div_ps(x, by)));
-                });
-            }
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn halves_bf16(chunk: &[u16; CHUNK]) -> [__m512; 2] {
+    fn bf16_codes(
+        chunk: &[u16; CHUNK],
+        seen: &mut __m512i,
+        step: impl Fn(__m512) -> __m512,
+    ) -> [u8; CHUNK] {
         // SAFETY: 32 elements of 2 bytes are one vector of 64 bytes.
         let x = unsafe { _mm512_loadu_si512(chunk.as_ptr().cast()) };
-        [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)]
-            .map(|x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))))
+        // A lane of 32 bits holds two elements; each becomes f32 in place, without a shuffle.
+        let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
+        let odd = _mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        let odd = _mm512_castsi512_ps(odd);
+        let (even, odd) = (magnitude(step(even), seen), magnitude(step(odd), seen));
+        let codes = _mm512_mask_mov_epi16(even, 0xaaaa_aaaa, _mm512_slli_epi32::<16>(odd));
+        // Where the mask has a bit, the sign, else the magnitude.
+        let sign = _mm512_srli_epi16::<8>(x);
+        let mask = _mm512_set1_epi16(0x80);
+        let codes = _mm512_cvtepi16_epi8(_mm512_ternarylogic_epi32::<0xca>(mask, sign, codes));
+        // SAFETY: a vector of 32 bytes is 32 codes.
+        unsafe { std::mem::transmute(codes) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn halves_f32(chunk: &[f32; CHUNK]) -> [__m512; 2] {
+    fn f32_codes(
+        chunk: &[f32; CHUNK],
+        seen: &mut __m512i,
+        step: impl Fn(__m512) -> __m512,
+    ) -> [u8; CHUNK] {
+        let halves = halves(chunk).map(|x| {
+            let y = step(x);
+            let code = magnitude(y, seen);
+            let sign = _mm512_srli_epi32::<24>(_mm512_castps_si512(y));
+            let mask = _mm512_set1_epi32(0x80);
+            _mm512_cvtepi32_epi8(_mm512_ternarylogic_epi32::<0xca>(mask, sign, code))
+        });
+        // SAFETY: two vectors of 16 bytes are 32 codes.
+        unsafe { std::mem::transmute(halves) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn halves(chunk: &[f32; CHUNK]) -> [__m512; 2] {
         let pointer = chunk.as_ptr();
         // SAFETY: 32 elements of 4 bytes are two vectors of 64 bytes.
         unsafe { [_mm512_loadu_ps(pointer), _mm512_loadu_ps(pointer.add(16))] }
     }
 
+    /// Codes without sign in the low 7 bits of each lane; the bits above are not zero.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn codes_of(halves: [__m512; 2]) -> [u8; CHUNK] {
-        let [low, high] = halves.map(|y| code_of(y));
-        let mut codes = [0; CHUNK];
-        // SAFETY: 32 bytes are two vectors of 16 bytes.
-        unsafe {
-            _mm_storeu_si128(codes.as_mut_ptr().cast(), low);
-            _mm_storeu_si128(codes.as_mut_ptr().add(16).cast(), high);
-        }
-        codes
-    }
-
-    /// e4m3fn codes of 16 numbers, as `codec::e4m3_satfinite`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn code_of(y: __m512) -> __m128i {
+    fn magnitude(y: __m512, seen: &mut __m512i) -> __m512i {
         let y = _mm512_castps_si512(y);
         let abs = _mm512_and_si512(y, _mm512_set1_epi32(bits::ABS));
-        let nan = _mm512_cmpgt_epu32_mask(abs, _mm512_set1_epi32(bits::INFINITY));
-        let abs = _mm512_min_epu32(abs, _mm512_set1_epi32(bits::MAX));
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(abs), _mm512_set1_epi32(1));
-        let normal = _mm512_add_epi32(abs, _mm512_set1_epi32(bits::ROUND));
-        let normal = _mm512_srli_epi32::<20>(_mm512_add_epi32(normal, odd));
-        let small = _mm512_add_ps(_mm512_castsi512_ps(abs), _mm512_set1_ps(bits::MAGIC));
-        let small = _mm512_castps_si512(small);
-        let is_small = _mm512_cmplt_epu32_mask(abs, _mm512_set1_epi32(bits::MIN_NORMAL));
-        let magic = _mm512_set1_epi32(bits::MAGIC_BITS);
-        let code = _mm512_mask_sub_epi32(normal, is_small, small, magic);
-        let sign = _mm512_and_si512(_mm512_srli_epi32::<24>(y), _mm512_set1_epi32(0x80));
-        let code = _mm512_or_si512(code, sign);
-        _mm512_cvtepi32_epi8(_mm512_mask_mov_epi32(code, nan, _mm512_set1_epi32(0x7f)))
+        *seen = _mm512_max_epu32(*seen, abs);
+        let exponent = _mm512_and_si512(y, _mm512_set1_epi32(bits::EXPONENT));
+        let exponent = _mm512_max_epu32(exponent, _mm512_set1_epi32(bits::MIN_NORMAL));
+        let magic = _mm512_add_epi32(exponent, _mm512_set1_epi32(bits::MAGIC));
+        let sum = _mm512_add_ps(_mm512_castsi512_ps(abs), _mm512_castsi512_ps(magic));
+        let sum = _mm512_castps_si512(sum);
+        _mm512_add_epi32(sum, _mm512_srli_epi32::<20>(sum))
     }
 }
 
@@ -304,9 +329,9 @@ mod avx2 {
                 amax = _mm256_max_epu16(amax, _mm256_and_si256(x, abs));
             }
         });
-        // SAFETY: a vector of 32 bytes is 16 elements of 2 bytes, any bits being valid.
-        let lanes: [u16; 16] = unsafe { std::mem::transmute(amax) };
-        lanes.into_iter().max().unwrap_or(0)
+        // Halves are zero-extended so that the 32-bit maximum compares them.
+        let low = _mm256_and_si256(amax, _mm256_set1_epi32(0xffff));
+        max_lane(_mm256_max_epu32(low, _mm256_srli_epi32::<16>(amax))) as u16
     }
 
     #[target_feature(enable = "avx2")]
@@ -314,48 +339,86 @@ mod avx2 {
         let abs = _mm256_set1_epi32(bits::ABS);
         let mut amax = _mm256_setzero_si256();
         for_chunks(tile, |chunk| {
-            for x in quarters_f32(chunk) {
+            for x in quarters(chunk) {
                 amax = _mm256_max_epu32(amax, _mm256_and_si256(_mm256_castps_si256(x), abs));
             }
         });
-        // SAFETY: a vector of 32 bytes is 8 elements of 4 bytes, any bits being valid.
-        let lanes: [u32; 8] = unsafe { std::mem::transmute(amax) };
-        lanes.into_iter().max().unwrap_or(0)
+        max_lane(amax)
     }
 
+    /// False if a quotient lies beyond 464 or is NaN: then the codes are not valid.
     #[target_feature(enable = "avx2")]
-    pub fn encode(step: Step, source: Source<'_>, out: &mut [u8], out_stride: usize) {
-        match source {
-            Source::Bf16(tile) => {
-                encode_tile(step, tile, out, out_stride, |c| quarters_bf16(c))
+    pub fn encode(step: Step, source: Source<'_>, out: &mut [u8], out_stride: usize) -> bool {
+        let mut seen = _mm256_setzero_si256();
+        match (source, step) {
+            (Source::Bf16(tile), Step::Multiply(by)) => {
+                let by = _mm256_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = bf16_codes(chunk, &mut seen, |x| _mm256_mul_ps(x, by));
+                });
             }
-            Source::F32(tile) => encode_tile(step, tile, out, out_stride, |c| quarters_f32(c)),
+            (Source::Bf16(tile), Step::Divide(by)) => {
+                let by = _mm256_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = bf16_codes(chunk, &mut seen, |x| _mm256_div_ps(x, by));
+                });
+            }
+            (Source::F32(tile), Step::Multiply(by)) => {
+                let by = _mm256_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = f32_codes(chunk, &mut seen, |x| _mm256_mul_ps(x, by));
+                });
+            }
+            (Source::F32(tile), Step::Divide(by)) => {
+                let by = _mm256_set1_ps(by);
+                encode_chunks(tile, out, out_stride, |chunk, codes| {
+                    *codes = f32_codes(chunk, &mut seen, |x| _mm256_div_ps(x, by));
+                });
+            }
         }
+        max_lane(seen) <= bits::LIMIT
     }
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn encode_tile<T: Copy + Default>(
-        step: Step,
-        tile: Tile<'_, T>,
-        out: &mut [u8],
-        out_stride: usize,
-        widen: impl Fn(&[T; CHUNK]) -> [__m256; 4],
-    ) {
-        match step {
-            Step::Multiply(by) => {
-                let by = _mm256_set1_ps(by);
-                encode_chunks(tile, out, out_stride, |chunk, codes| {
-                    *codes = codes_of(widen(chunk).map(|x| _mm256_mul_ps(x, by)));
-                });
-            }
-            Step::Divide(by) => {
-                let by = _mm256_set1_ps(by);
-                encode_chunks(tile, out, out_stride, |chunk, codes| {
-                    *codes = codes_of(widen(chunk).map(|x| _mm256_div_ps(x, by)));
-                });
-            }
-        }
+    fn bf16_codes(
+        chunk: &[u16; CHUNK],
+        seen: &mut __m256i,
+        step: impl Fn(__m256) -> __m256,
+    ) -> [u8; CHUNK] {
+        let [a, b] = loads(chunk).map(|x| {
+            let even = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
+            let odd = _mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            let odd = _mm256_castsi256_ps(odd);
+            let (even, odd) = (magnitude(step(even), seen), magnitude(step(odd), seen));
+            let codes = _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd));
+            let codes = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+            let sign = _mm256_and_si256(_mm256_srli_epi16::<8>(x), _mm256_set1_epi16(0x80));
+            _mm256_or_si256(codes, sign)
+        });
+        // The pack works in halves of a vector, so the quarters come out interleaved.
+        let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(a, b));
+        // SAFETY: a vector of 32 bytes is 32 codes.
+        unsafe { std::mem::transmute(codes) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn f32_codes(
+        chunk: &[f32; CHUNK],
+        seen: &mut __m256i,
+        step: impl Fn(__m256) -> __m256,
+    ) -> [u8; CHUNK] {
+        let [a, b, c, d] = quarters(chunk).map(|x| {
+            let y = step(x);
+            let code = _mm256_and_si256(magnitude(y, seen), _mm256_set1_epi32(0x7f));
+            let sign = _mm256_srli_epi32::<24>(_mm256_castps_si256(y));
+            _mm256_or_si256(code, _mm256_and_si256(sign, _mm256_set1_epi32(0x80)))
+        });
+        let codes = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        // SAFETY: a vector of 32 bytes is 32 codes.
+        unsafe { std::mem::transmute(_mm256_permutevar8x32_epi32(codes, order)) }
     }
 
     #[inline]
@@ -370,20 +433,7 @@ mod avx2 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn quarters_bf16(chunk: &[u16; CHUNK]) -> [__m256; 4] {
-        let [a, b] = loads(chunk);
-        [
-            _mm256_castsi256_si128(a),
-            _mm256_extracti128_si256::<1>(a),
-            _mm256_castsi256_si128(b),
-            _mm256_extracti128_si256::<1>(b),
-        ]
-        .map(|x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn quarters_f32(chunk: &[f32; CHUNK]) -> [__m256; 4] {
+    fn quarters(chunk: &[f32; CHUNK]) -> [__m256; 4] {
         let pointer = chunk.as_ptr();
         // SAFETY: 32 elements of 4 bytes are four vectors of 32 bytes.
         [0, 8, 16, 24].map(|start| unsafe { _mm256_loadu_ps(pointer.add(start)) })
@@ -391,35 +441,27 @@ mod avx2 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn codes_of(quarters: [__m256; 4]) -> [u8; CHUNK] {
-        let [a, b, c, d] = quarters.map(|y| code_of(y));
-        // The packs work in halves of a vector, so the quarters come out interleaved.
-        let packed = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
-        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        let packed = _mm256_permutevar8x32_epi32(packed, order);
-        // SAFETY: a vector of 32 bytes is 32 codes.
-        unsafe { std::mem::transmute(packed) }
+    fn max_lane(lanes: __m256i) -> u32 {
+        // SAFETY: a vector of 32 bytes is 8 elements of 4 bytes, any bits being valid.
+        let lanes: [u32; 8] = unsafe { std::mem::transmute(lanes) };
+        lanes.into_iter().max().unwrap_or(0)
     }
 
-    /// e4m3fn codes of 8 numbers in 32 bits each, as `codec::e4m3_satfinite`.
+    /// Codes without sign in the low 7 bits of each lane; the bits above are not zero.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn code_of(y: __m256) -> __m256i {
+    fn magnitude(y: __m256, seen: &mut __m256i) -> __m256i {
         let y = _mm256_castps_si256(y);
         let abs = _mm256_and_si256(y, _mm256_set1_epi32(bits::ABS));
-        // Absolute bits are positive, so the signed comparisons order them.
-        let nan = _mm256_cmpgt_epi32(abs, _mm256_set1_epi32(bits::INFINITY));
-        let abs = _mm256_min_epu32(abs, _mm256_set1_epi32(bits::MAX));
-        let odd = _mm256_and_si256(_mm256_srli_epi32::<20>(abs), _mm256_set1_epi32(1));
-        let normal = _mm256_add_epi32(abs, _mm256_set1_epi32(bits::ROUND));
-        let normal = _mm256_srli_epi32::<20>(_mm256_add_epi32(normal, odd));
-        let small = _mm256_add_ps(_mm256_castsi256_ps(abs), _mm256_set1_ps(bits::MAGIC));
-        let magic = _mm256_set1_epi32(bits::MAGIC_BITS);
-        let small = _mm256_sub_epi32(_mm256_castps_si256(small), magic);
-        let is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(bits::MIN_NORMAL), abs);
-        let code = _mm256_blendv_epi8(normal, small, is_small);
-        let sign = _mm256_and_si256(_mm256_srli_epi32::<24>(y), _mm256_set1_epi32(0x80));
-        let code = _mm256_or_si256(code, sign);
-        _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), nan)
+        *seen = _mm256_max_epu32(*seen, abs);
+        let exponent = _mm256_and_si256(y, _mm256_set1_epi32(bits::EXPONENT));
+        let exponent = _mm256_max_epu32(exponent, _mm256_set1_epi32(bits::MIN_NORMAL));
+        let magic = _mm256_add_epi32(exponent, _mm256_set1_epi32(bits::MAGIC));
+        let sum = _mm256_add_ps(_mm256_castsi256_ps(abs), _mm256_castsi256_ps(magic));
+        let sum = _mm256_castps_si256(sum);
+        _mm256_add_epi32(sum, _mm256_srli_epi32::<20>(sum))
     }
 }
+
+#[cfg(test)]
+mod tests;
