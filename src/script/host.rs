@@ -401,6 +401,11 @@ fn values(engine: &mut Engine, state: &Shared) {
         push(&s, &ctx, Op::Refine { block }, &[*t])
     });
     let s = Rc::clone(state);
+    engine.register_fn(
+        "refine",
+        move |ctx: NativeCallContext, t: &mut Tensor, r: RecipeValue| refine(&s, &ctx, *t, r),
+    );
+    let s = Rc::clone(state);
     engine.register_fn("+", move |ctx: NativeCallContext, a: Tensor, b: Tensor| {
         push(&s, &ctx, Op::Add, &[a, b])
     });
@@ -432,6 +437,26 @@ fn pad(
     push(s, ctx, Op::Pad { dim, multiple, value }, &[t])
 }
 
+/// Brings a quantized value to a recipe's tiles; what is not quantized has no grid yet.
+fn refine(
+    s: &Shared,
+    ctx: &NativeCallContext,
+    t: Tensor,
+    recipe: RecipeValue,
+) -> Fallible<Tensor> {
+    let wanted = match recipe {
+        RecipeValue::None => return Ok(t),
+        RecipeValue::One { recipe, .. } | RecipeValue::TwoStep { first: recipe, .. } => {
+            u64::from(recipe.block)
+        }
+    };
+    match s.borrow().block_of(t) {
+        Some(block) if block != wanted => {}
+        _ => return Ok(t),
+    }
+    push(s, ctx, Op::Refine { block: wanted }, &[t])
+}
+
 fn quantize(
     s: &Shared,
     ctx: &NativeCallContext,
@@ -439,6 +464,10 @@ fn quantize(
     recipe: RecipeValue,
 ) -> Fallible<Tensor> {
     match recipe {
+        // A target that is not quantized holds an FP8 source's values.
+        RecipeValue::None if s.borrow().block_of(t).is_some() => {
+            push(s, ctx, Op::Dequantize { dtype: DType::Bf16 }, &[t])
+        }
         RecipeValue::None => Ok(t),
         RecipeValue::One { recipe, scale_name } => {
             push(s, ctx, Op::Quantize { recipe, scale_name }, &[t])
