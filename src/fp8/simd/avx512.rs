@@ -1,4 +1,5 @@
-//! The AVX-512 kernels. Knows nothing of dispatch: the caller has seen that the processor has them.
+//! The AVX-512 kernels.
+//! Knows nothing of dispatch: the caller has seen that the processor has the instructions.
 
 use std::arch::x86_64::*;
 
