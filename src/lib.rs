@@ -14,6 +14,7 @@ pub mod io;
 pub mod ir;
 pub mod load;
 pub mod lower;
+pub mod memory;
 pub mod script;
 pub mod shard;
 pub mod table;
