@@ -1,7 +1,9 @@
 //! The command line: text to arguments, arguments to library calls, results to the terminal.
 
 mod args;
+mod check;
 mod dry_run;
+mod explain;
 mod inputs;
 mod run;
 
@@ -47,6 +49,8 @@ pub fn main() -> ExitCode {
     let result = match &args.command {
         Command::DryRun(a) => dry_run::run(a),
         Command::Run(a) => run::run(a),
+        Command::Check(a) => check::run(a),
+        Command::Explain { code } => explain::run(code),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
