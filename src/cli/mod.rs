@@ -3,6 +3,7 @@
 mod args;
 mod dry_run;
 mod inputs;
+mod run;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ pub fn main() -> ExitCode {
     let json = args.command.json();
     let result = match &args.command {
         Command::DryRun(a) => dry_run::run(a),
+        Command::Run(a) => run::run(a),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

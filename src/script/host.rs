@@ -33,7 +33,8 @@ impl Raised {
 }
 
 /// Names that the host answers; a script may not define them.
-pub(super) const RESERVED: [&str; 20] = [
+pub(super) const RESERVED: [&str; 21] = [
+    "at",
     "tp",
     "dp",
     "ep",
@@ -103,6 +104,7 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
     rules(engine, state);
     declarations(engine, state);
     super::config::register(engine, state);
+    super::at_statement::register(engine);
     engine.on_print(|text| tracing::info!(target: "plan", "{text}"));
     engine.on_debug(|text, _, _| tracing::debug!(target: "plan", "{text}"));
 }
@@ -130,6 +132,7 @@ fn reserved(state: &State, name: &str) -> Option<Dynamic> {
         return Some(Dynamic::from(DTypeValue(dtype)));
     }
     Some(match name {
+        "at" => Dynamic::from(super::at_statement::Root),
         "model" => Dynamic::from(Config { path: Vec::new() }),
         "target" => Dynamic::from(Facts),
         "none" => Dynamic::from(RecipeValue::None),

@@ -1,5 +1,6 @@
 //! Runs a plan script and gives a `Plan`. The only folder that imports rhai.
 
+mod at_statement;
 mod config;
 mod errors;
 mod host;
