@@ -29,7 +29,7 @@ const SIGNATURES: &[(&str, &str)] = &[
     ("path", "block.path()"),
     ("permute", "tensor.permute([dim, ..])"),
     ("quantize", "tensor.quantize(recipe)"),
-    ("refine", "tensor.refine(block)"),
+    ("refine", "tensor.refine(recipe) or tensor.refine(block)"),
     ("require", "require(condition, message)"),
     ("reshape", "tensor.reshape([size, ..])"),
     ("scale_suffix", "recipe.scale_suffix(\"_scale_inv\" | \"_scale\")"),
@@ -120,10 +120,10 @@ const TRAP: &str = "E0101";
 
 fn innermost(state: &State, error: EvalAltResult, at: Span) -> Diagnostic {
     match error {
-        EvalAltResult::ErrorRuntime(value, _) => raised(value, at),
-        EvalAltResult::ErrorTerminated(value, _) if value.is::<Trapped>() => {
+        EvalAltResult::ErrorRuntime(value, _) if value.is::<Trapped>() => {
             Diagnostic::error(TRAP, "trap")
         }
+        EvalAltResult::ErrorRuntime(value, _) => raised(value, at),
         EvalAltResult::ErrorTerminated(..) => {
             limit("time", at).hint("a plan takes milliseconds: look for a loop that never ends")
         }

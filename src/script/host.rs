@@ -77,9 +77,10 @@ fn refuse<T>(
     raise(Diagnostic::error(code, message).at(at), ctx)
 }
 
+/// The trap travels as an error of the script: only those gather the calls that led to it.
 fn trapped<T>(result: Result<T, Trapped>, ctx: &NativeCallContext) -> Fallible<T> {
     result.map_err(|t| {
-        Box::new(EvalAltResult::ErrorTerminated(Dynamic::from(t), ctx.call_position()))
+        Box::new(EvalAltResult::ErrorRuntime(Dynamic::from(t), ctx.call_position()))
     })
 }
 
@@ -437,22 +438,23 @@ fn pad(
     push(s, ctx, Op::Pad { dim, multiple, value }, &[t])
 }
 
-/// Brings a quantized value to a recipe's tiles; what is not quantized has no grid yet.
+/// Brings an FP8 source to the form in which a recipe's target is cut: its tiles, or values for
+/// none. What is not quantized has no grid yet.
 fn refine(
     s: &Shared,
     ctx: &NativeCallContext,
     t: Tensor,
     recipe: RecipeValue,
 ) -> Fallible<Tensor> {
+    let Some(block) = s.borrow().block_of(t) else { return Ok(t) };
     let wanted = match recipe {
-        RecipeValue::None => return Ok(t),
+        RecipeValue::None => return quantize(s, ctx, t, recipe),
         RecipeValue::One { recipe, .. } | RecipeValue::TwoStep { first: recipe, .. } => {
             u64::from(recipe.block)
         }
     };
-    match s.borrow().block_of(t) {
-        Some(block) if block != wanted => {}
-        _ => return Ok(t),
+    if block == wanted {
+        return Ok(t);
     }
     push(s, ctx, Op::Refine { block: wanted }, &[t])
 }

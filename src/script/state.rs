@@ -1,6 +1,6 @@
 //! What an evaluation has built so far: sources, nodes, parameters, problems, events.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use rhai::Position;
@@ -487,15 +487,18 @@ struct SegmentRuns<'a> {
 
 impl<'a> SegmentRuns<'a> {
     fn of(names: &[&'a str], wanted: impl Iterator<Item = &'a str>) -> Self {
-        let wanted: std::collections::HashSet<&str> = wanted.collect();
+        let wanted: HashSet<&str> = wanted.collect();
+        let heads: HashSet<&str> =
+            wanted.iter().map(|w| w.split('.').next().unwrap_or_default()).collect();
         let mut found = BTreeSet::new();
         for name in names {
             let ends: Vec<usize> =
                 name.match_indices('.').map(|(i, _)| i).chain([name.len()]).collect();
             let starts = [0].into_iter().chain(ends.iter().map(|e| e + 1));
-            for start in starts.filter(|s| *s < name.len()) {
-                for end in ends.iter().filter(|e| **e > start) {
-                    found.extend(wanted.get(&name[start..*end]));
+            for (k, start) in starts.take(ends.len()).enumerate() {
+                // Most segments begin no wanted run.
+                if heads.contains(&name[start..ends[k]]) {
+                    found.extend(ends[k..].iter().filter_map(|e| wanted.get(&name[start..*e])));
                 }
             }
         }

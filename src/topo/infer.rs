@@ -161,6 +161,12 @@ impl InferMesh {
         if mesh.redundant_experts > 0 && !mesh.eplb {
             return Err(bad("redundant experts need eplb=1".to_owned()));
         }
+        if mesh.eplb && mesh.ep == 1 {
+            return Err(
+                bad("eplb needs expert parallelism over more than one rank".to_owned())
+                    .hint("give ep = dp * tp"),
+            );
+        }
         Ok(mesh)
     }
 
@@ -253,6 +259,7 @@ mod tests {
             "tp=2,ep=4",
             "tp=-1",
             "redundant_experts=2,eplb=0",
+            "tp=2,redundant_experts=2",
         ] {
             assert_eq!(InferMesh::parse(text).unwrap_err().code, "E0307", "{text}");
         }
