@@ -1,12 +1,15 @@
 //! kernelcast: from a per-model plan to kernel-format weights.
 #![deny(unsafe_code)]
 
+pub mod backend;
 pub mod cli;
 pub mod compile;
 pub mod diag;
 pub mod dtype;
 pub mod error;
+pub mod exec;
 pub mod fp8;
+pub mod graph;
 pub mod io;
 pub mod ir;
 pub mod load;

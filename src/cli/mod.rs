@@ -4,6 +4,7 @@ mod args;
 mod dry_run;
 mod human;
 mod inputs;
+mod run;
 mod shape_table;
 
 use std::io::{IsTerminal, Write};
@@ -48,6 +49,7 @@ pub fn main() -> ExitCode {
     let json = args.command.json();
     let result = match &args.command {
         Command::DryRun(a) => dry_run::run(a),
+        Command::Run(a) => run::run(a),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

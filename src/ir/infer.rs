@@ -205,7 +205,8 @@ fn cut_label(
         code: "E0304",
         message: format!("a cut at {at} crosses a quantization block of {block}"),
         label: Some(format!(
-            "{what} cuts {size} into {local}: {at} mod {block} = {}",
+            "{what} cuts {size} into {local}: {at} mod {block} = {}, so parts 0 and 1 would \
+             share a tile",
             at % block
         )),
         hint: Some(

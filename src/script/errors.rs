@@ -63,6 +63,13 @@ pub(super) fn parse_error(e: &ParseError) -> Diagnostic {
             Diagnostic::error("E0107", format!("`{name}` is a reserved name"))
                 .hint("give the variable another name")
         }
+        rhai::ParseErrorType::AssignmentToInvalidLHS(_) => Diagnostic::error(
+            "E0101",
+            "the plan does not parse: this cannot be written to",
+        )
+        .hint(
+            "put the block into a variable first: let b = x.at(\"..\"); b[\"name\"] = tensor",
+        ),
         kind => Diagnostic::error("E0101", format!("the plan does not parse: {kind}")),
     }
 }

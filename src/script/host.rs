@@ -33,7 +33,8 @@ impl Raised {
 }
 
 /// Names that the host answers; a script may not define them.
-pub(super) const RESERVED: [&str; 20] = [
+pub(super) const RESERVED: [&str; 21] = [
+    "at",
     "tp",
     "dp",
     "ep",
@@ -103,6 +104,7 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
     rules(engine, state);
     declarations(engine, state);
     super::config::register(engine, state);
+    super::at_statement::register(engine);
     engine.on_print(|text| tracing::info!(target: "plan", "{text}"));
     engine.on_debug(|text, _, _| tracing::debug!(target: "plan", "{text}"));
 }
@@ -130,6 +132,7 @@ fn reserved(state: &State, name: &str) -> Option<Dynamic> {
         return Some(Dynamic::from(DTypeValue(dtype)));
     }
     Some(match name {
+        "at" => Dynamic::from(super::at_statement::Root),
         "model" => Dynamic::from(Config { path: Vec::new() }),
         "target" => Dynamic::from(Facts),
         "none" => Dynamic::from(RecipeValue::None),
@@ -398,6 +401,11 @@ fn values(engine: &mut Engine, state: &Shared) {
         push(&s, &ctx, Op::Refine { block }, &[*t])
     });
     let s = Rc::clone(state);
+    engine.register_fn(
+        "refine",
+        move |ctx: NativeCallContext, t: &mut Tensor, r: RecipeValue| refine(&s, &ctx, *t, r),
+    );
+    let s = Rc::clone(state);
     engine.register_fn("+", move |ctx: NativeCallContext, a: Tensor, b: Tensor| {
         push(&s, &ctx, Op::Add, &[a, b])
     });
@@ -429,6 +437,26 @@ fn pad(
     push(s, ctx, Op::Pad { dim, multiple, value }, &[t])
 }
 
+/// Brings a quantized value to a recipe's tiles; what is not quantized has no grid yet.
+fn refine(
+    s: &Shared,
+    ctx: &NativeCallContext,
+    t: Tensor,
+    recipe: RecipeValue,
+) -> Fallible<Tensor> {
+    let wanted = match recipe {
+        RecipeValue::None => return Ok(t),
+        RecipeValue::One { recipe, .. } | RecipeValue::TwoStep { first: recipe, .. } => {
+            u64::from(recipe.block)
+        }
+    };
+    match s.borrow().block_of(t) {
+        Some(block) if block != wanted => {}
+        _ => return Ok(t),
+    }
+    push(s, ctx, Op::Refine { block: wanted }, &[t])
+}
+
 fn quantize(
     s: &Shared,
     ctx: &NativeCallContext,
@@ -436,6 +464,10 @@ fn quantize(
     recipe: RecipeValue,
 ) -> Fallible<Tensor> {
     match recipe {
+        // A target that is not quantized holds an FP8 source's values.
+        RecipeValue::None if s.borrow().block_of(t).is_some() => {
+            push(s, ctx, Op::Dequantize { dtype: DType::Bf16 }, &[t])
+        }
         RecipeValue::None => Ok(t),
         RecipeValue::One { recipe, scale_name } => {
             push(s, ctx, Op::Quantize { recipe, scale_name }, &[t])

@@ -312,16 +312,22 @@ impl Tiles {
         Tiles { from, refined: self.refined, phase }
     }
 
-    /// Splits or joins rows on the tile grid; anything else has no single box.
+    /// Splits or joins rows on the tile grid, or the dimensions before rows and columns; anything
+    /// else has no single box.
     fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Tiles> {
-        if self.phase != [0, 0] || old.len() < 2 || new.len() < 2 {
+        if old.len() < 2 || new.len() < 2 {
+            return None;
+        }
+        let (leading, matrix) = old.split_at(old.len() - 2);
+        let same_matrix = new.ends_with(matrix);
+        if self.phase != [0, 0] && !same_matrix {
             return None;
         }
         let block = self.block();
         let grid = |shape: &[u64]| -> Dims {
             let m = shape.len() - 2;
-            let tile = |d: usize, n: u64| if d >= m { n.div_ceil(block) } else { n };
-            shape.iter().enumerate().map(|(d, n)| tile(d, *n)).collect()
+            let tiles = (0..2).map(|k| (self.phase[k] + shape[m + k]).div_ceil(block));
+            shape[..m].iter().copied().chain(tiles).collect()
         };
         let from = match &self.from {
             TilesFrom::Stored(stored) => TilesFrom::Stored(Stored {
@@ -332,11 +338,17 @@ impl Tiles {
                 },
             }),
             TilesFrom::Made(made) => {
-                if made.extent[..] != *old {
+                // Whole tiles may reach beyond the box, but in rows and columns only.
+                let (lead, tiles) = made.extent.split_at(leading.len());
+                if lead != leading || !same_matrix && tiles != matrix {
                     return None;
                 }
-                let input = reshape_pieces(made.input.clone(), old, new)?;
-                TilesFrom::Made(Made { recipe: made.recipe, extent: new.into(), input })
+                let mut extent: Dims = new.into();
+                if same_matrix {
+                    extent[new.len() - 2..].copy_from_slice(tiles);
+                }
+                let input = reshape_pieces(made.input.clone(), &made.extent, &extent)?;
+                TilesFrom::Made(Made { recipe: made.recipe, extent, input })
             }
         };
         Some(Tiles { from, refined: self.refined, phase: self.phase })

@@ -266,7 +266,7 @@ fn text(grid: &Grid, style: TableStyle, width: u16) -> String {
         out.push_str(line.trim_end());
         out.push('\n');
     }
-    out + &rule
+    out + rule.as_str()
 }
 
 /// A line as wide as the table.

@@ -1,0 +1,44 @@
+//! The CPU backend: threads as ranks, channels as wires. Embedded default, and the oracle of
+//! the GPU's results.
+
+mod eval;
+mod finite;
+mod run;
+
+pub use finite::{NonFinite, scan};
+pub use run::{FiniteCheck, Options, Report, run};
+
+use crate::diag::Diagnostic;
+use crate::lower::Part;
+
+/// Reads strided rows of a storage into consecutive places of `buf`.
+pub trait Rows: Sync {
+    /// Offsets and strides in bytes; `buf` holds `rows * row_bytes`.
+    fn read(
+        &self,
+        storage: crate::shard::Storage,
+        rows: Strided,
+        buf: &mut [u8],
+    ) -> Result<(), Diagnostic>;
+}
+
+/// Evenly spaced rows of a storage, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strided {
+    pub offset: u64,
+    pub row_bytes: u64,
+    pub stride: u64,
+    pub rows: u64,
+}
+
+/// What an inference rank's parameters are kept in: a file, or memory of the caller.
+pub trait Sink: Sync {
+    /// Puts bytes at an offset of one storage of a target (by index on the rank).
+    fn write(
+        &self,
+        target: usize,
+        part: Part,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), Diagnostic>;
+}

@@ -1,0 +1,3 @@
+//! Backends run a graph; `reference` is the oracle that they are held against.
+
+pub mod cpu;
