@@ -1,6 +1,7 @@
 //! kernelcast: from a per-model plan to kernel-format weights.
 #![deny(unsafe_code)]
 
+pub mod backend;
 pub mod cli;
 pub mod compile;
 pub mod diag;
@@ -15,3 +16,4 @@ pub mod script;
 pub mod shard;
 pub mod table;
 pub mod topo;
+pub mod verify;

@@ -1,0 +1,3 @@
+//! What executes a program, and the oracle that judges the result.
+
+pub mod reference;
