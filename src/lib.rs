@@ -20,3 +20,4 @@ pub mod script;
 pub mod shard;
 pub mod table;
 pub mod topo;
+pub mod verify;
