@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod check;
 pub mod cli;
 pub mod compile;
 pub mod diag;
@@ -14,6 +15,7 @@ pub mod io;
 pub mod ir;
 pub mod load;
 pub mod lower;
+pub mod memory;
 pub mod script;
 pub mod shard;
 pub mod table;

@@ -18,6 +18,13 @@ pub enum Command {
     DryRun(DryRunArgs),
     /// Run an update: on CPU threads from safetensors files, or on GPUs where they are
     Run(RunArgs),
+    /// Compare the plan with what a receiver holds
+    Check(CheckArgs),
+    /// Say what a diagnostic code means
+    Explain {
+        /// A code such as E0304
+        code: String,
+    },
 }
 
 impl Command {
@@ -25,7 +32,8 @@ impl Command {
     pub fn json(&self) -> bool {
         match self {
             Command::DryRun(a) => a.format == TableFormat::Json,
-            Command::Run(_) => false,
+            Command::Check(a) => a.format == ReportFormat::Json,
+            Command::Run(_) | Command::Explain { .. } => false,
         }
     }
 }
@@ -86,6 +94,23 @@ pub struct DryRunArgs {
     /// Which stage of the pipeline to print
     #[arg(long, value_enum, default_value_t = Stage::Shapes)]
     pub emit: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    Table,
+    Json,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    pub inputs: PlanArgs,
+    /// Receiver manifests: the parameters, buffers and aliases of a rank, as JSON
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    pub manifest: Vec<PathBuf>,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

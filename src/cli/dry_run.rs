@@ -1,11 +1,13 @@
 //! `engine dry-run`: compile, print, touch nothing.
 
+use crate::compile::Compiled;
 use crate::lower::{print_program, print_shards};
 use crate::table::ShapeTable;
+use crate::topo::RankId;
 
 use super::args::{DryRunArgs, Stage, TableFormat};
 use super::inputs::{self, Weights};
-use super::{Failure, print, report};
+use super::{Failure, PLAIN_WIDTH, TableStyle, print, render_table, report};
 
 pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
     let loaded = inputs::load(&args.inputs, Weights::Optional)?;
@@ -18,12 +20,25 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         Stage::Shards => print_shards(&compiled.program),
         Stage::Program => print_program(&compiled.program),
         Stage::Graph => String::new(),
-        Stage::Shapes => {
-            let all = || compiled.mesh.ranks().collect::<Vec<_>>();
-            let table = ShapeTable::of(compiled, &wanted.clone().unwrap_or_else(all));
-            serde_json::to_string(&table).unwrap_or_default() + "\n"
-        }
+        Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),
     };
     print(&text);
     Ok(())
+}
+
+fn shapes(compiled: &Compiled, wanted: Option<&[RankId]>, format: TableFormat) -> String {
+    // None where standard output is no terminal.
+    let width = comfy_table::Table::new().width().unwrap_or(PLAIN_WIDTH);
+    match format {
+        TableFormat::Json => {
+            let all = || compiled.mesh.ranks().collect::<Vec<_>>();
+            let table = ShapeTable::of(compiled, &wanted.map_or_else(all, <[RankId]>::to_vec));
+            serde_json::to_string(&table).unwrap_or_default() + "\n"
+        }
+        TableFormat::Table if super::styled() => {
+            render_table(compiled, wanted, TableStyle::Styled, width)
+        }
+        TableFormat::Table => render_table(compiled, wanted, TableStyle::Plain, width),
+        TableFormat::Markdown => render_table(compiled, wanted, TableStyle::Markdown, width),
+    }
 }

@@ -43,7 +43,7 @@ const SIGNATURES: &[(&str, &str)] = &[
 ];
 
 /// The nearest of some names, if one is near.
-pub(super) fn nearest<'a>(
+pub(crate) fn nearest<'a>(
     name: &str,
     names: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {

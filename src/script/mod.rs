@@ -22,6 +22,7 @@ use crate::ir::{Dims, Plan};
 use crate::topo::{Coords, InferMesh};
 
 pub use config::FACTS;
+pub(crate) use errors::nearest as nearest_name;
 pub use limits::Limits;
 pub use modules::{BuiltinModules, ModuleFiles, NoModules};
 use state::State;

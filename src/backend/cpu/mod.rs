@@ -11,6 +11,20 @@ pub use run::{FiniteCheck, Options, Report, run};
 use crate::diag::Diagnostic;
 use crate::lower::Part;
 
+/// Computes a derived parameter from what has landed: its row-major bytes.
+///
+/// # Errors
+/// What reading the landed parameters gives.
+pub fn derive(
+    landed: &dyn Rows,
+    pieces: &[crate::shard::Piece],
+    shape: &[u64],
+    dtype: crate::dtype::DType,
+    out: &mut [u8],
+) -> Result<(), Diagnostic> {
+    eval::values(landed, pieces, shape, dtype, out)
+}
+
 /// Reads strided rows of a storage into consecutive places of `buf`.
 pub trait Rows: Sync {
     /// Offsets and strides in bytes; `buf` holds `rows * row_bytes`.
