@@ -38,7 +38,8 @@ pub fn check(
     let mut kept: BTreeSet<usize> = BTreeSet::new();
     for (file, manifest) in manifests {
         let rank = manifest.topology.as_ref().map_or(0, |t| t.global_rank);
-        let Some(program) = compiled.program.ranks.iter().find(|r| r.rank == RankId(rank)) else {
+        let Some(program) = compiled.program.ranks.iter().find(|r| r.rank == RankId(rank))
+        else {
             let d = Diagnostic::error(
                 "E0307",
                 format!("{file} is of rank {rank}, which {} does not have", compiled.mesh),
@@ -117,12 +118,9 @@ impl Comparison<'_> {
             if kind != TargetKind::Parameter {
                 return None;
             }
-            let mut d = Diagnostic::error(
-                "E0408",
-                format!("the receiver has no {}", s.name),
-            )
-            .at(span)
-            .note(format!("rank {}, {}", self.program.rank, self.file));
+            let mut d = Diagnostic::error("E0408", format!("the receiver has no {}", s.name))
+                .at(span)
+                .note(format!("rank {}, {}", self.program.rank, self.file));
             d.hint = crate::script::nearest_name(&s.name, held.keys().copied())
                 .map(|near| format!("the nearest name that it has is {near}"));
             return Some(d.about(&s.name));
@@ -135,7 +133,12 @@ impl Comparison<'_> {
         self.mismatch(span, s, found.entry)
     }
 
-    fn mismatch(&self, span: Span, s: &TargetStorage, entry: &ParamEntry) -> Option<Diagnostic> {
+    fn mismatch(
+        &self,
+        span: Span,
+        s: &TargetStorage,
+        entry: &ParamEntry,
+    ) -> Option<Diagnostic> {
         let at = |d: Diagnostic| {
             let d = d.at(span).about(&s.name);
             d.note(format!("rank {}, {}", self.program.rank, self.file))

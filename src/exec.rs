@@ -20,6 +20,9 @@ use crate::topo::{Coords, InferMesh, TrainMesh};
 /// Version of the output's manifest.json.
 pub const MANIFEST_SCHEMA: u32 = 1;
 
+/// Staging memory of a run that does not say otherwise, in bytes.
+pub const DEFAULT_STAGING: u64 = 256 << 20;
+
 /// How a run is bounded and checked.
 #[derive(Clone, Copy, Debug)]
 pub struct RunOptions {

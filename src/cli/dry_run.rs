@@ -1,6 +1,8 @@
 //! `engine dry-run`: compile, print, touch nothing.
 
 use crate::compile::Compiled;
+use crate::exec::{DEFAULT_STAGING, graph_of};
+use crate::graph::print_graph;
 use crate::lower::{print_program, print_shards};
 use crate::table::ShapeTable;
 use crate::topo::RankId;
@@ -19,7 +21,11 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         Stage::Plan => compiled.stages.iter().map(crate::ir::print_plan).collect(),
         Stage::Shards => print_shards(&compiled.program),
         Stage::Program => print_program(&compiled.program),
-        Stage::Graph => String::new(),
+        Stage::Graph => {
+            let graph = graph_of(compiled, DEFAULT_STAGING)
+                .map_err(|error| Failure { error, files: compiled.files().clone() })?;
+            print_graph(&compiled.program, &graph)
+        }
         Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),
     };
     print(&text);

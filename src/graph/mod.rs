@@ -8,7 +8,7 @@ mod print;
 pub(crate) use build::tiles;
 pub use build::{Bounds, build};
 pub use check::check;
-pub use print::{print_dot, print_graph};
+pub use print::print_graph;
 
 use crate::shard::Window;
 

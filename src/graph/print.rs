@@ -1,4 +1,4 @@
-//! The text and DOT forms of a graph.
+//! The text form of a graph.
 
 use std::fmt::Write;
 
@@ -53,32 +53,4 @@ fn show_step(program: &Program, rank: Option<usize>, step: &Step) -> String {
             format!("derive {name}")
         }
     }
-}
-
-/// The graph for Graphviz: one cluster a rank, an edge for each message.
-pub fn print_dot(program: &Program, graph: &Graph) -> String {
-    let mut out = String::from("digraph update {\n  rankdir=LR;\n  node [shape=box];\n");
-    let _ = writeln!(out, "  subgraph cluster_t0 {{ label=\"trainer 0\";");
-    for (i, bucket) in graph.buckets.iter().enumerate() {
-        let _ = writeln!(out, "    t0_b{i} [label=\"launch {i}\\n{} bytes\"];", bucket.bytes);
-    }
-    let _ = writeln!(out, "  }}");
-    for (steps, rank) in graph.ranks.iter().zip(&program.ranks) {
-        let r = rank.rank;
-        let _ = writeln!(out, "  subgraph cluster_r{r} {{ label=\"rank {r}\";");
-        for step in steps {
-            if let Step::Store { bucket } = step {
-                let _ = writeln!(out, "    r{r}_b{bucket} [label=\"store {bucket}\"];");
-            }
-        }
-        let _ = writeln!(out, "  }}");
-    }
-    for step in &graph.trainer {
-        if let Step::Send { bucket, to } = *step {
-            let r = program.ranks[to].rank;
-            let _ = writeln!(out, "  t0_b{bucket} -> r{r}_b{bucket};");
-        }
-    }
-    out.push_str("}\n");
-    out
 }
