@@ -6,7 +6,7 @@ use crate::dtype::DType;
 use crate::fp8::Recipe;
 use crate::ir::Dims;
 
-use super::boxes::{Window, through_reshape};
+use super::boxes::{Window, gcd, through_reshape};
 
 /// Memory that a view points into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -136,6 +136,15 @@ impl Expr {
                     made.input.iter().for_each(|p| p.expr.views(f));
                 }
             },
+        }
+    }
+
+    fn has_tiles(&self) -> bool {
+        match self {
+            Expr::Load(_) | Expr::Fill { .. } => false,
+            Expr::Cast { value, .. } | Expr::Scale { value, .. } => value.has_tiles(),
+            Expr::Add { left, right } => left.has_tiles() || right.has_tiles(),
+            Expr::Tiles(_) | Expr::Dequantize { .. } => true,
         }
     }
 
@@ -316,37 +325,51 @@ impl Tiles {
         Some(Tiles { from, refined: self.refined, phase })
     }
 
-    /// Splits or joins rows on the tile grid; anything else has no single box.
+    /// Keeps each matrix, or splits and joins rows on the grid; all else has no single box.
     fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Tiles> {
         let block = self.block();
         let ([.., r0, c0], [.., r1, c1]) = (old, new) else { return None };
-        let on_grid = r0 == r1
-            || r0.max(r1).is_multiple_of(*r0.min(r1)) && r0.min(r1).is_multiple_of(block);
-        if self.phase != [0, 0] || c0 != c1 || !on_grid {
+        let (low, high) = (*r0.min(r1), *r0.max(r1));
+        let on_grid =
+            self.phase == [0, 0] && high.is_multiple_of(low) && low.is_multiple_of(block);
+        if c0 != c1 || r0 != r1 && !on_grid {
             return None;
         }
-        let grid = |shape: &[u64]| -> Dims {
-            let m = shape.len() - 2;
-            let tile = |d: usize, n: u64| if d >= m { n.div_ceil(block) } else { n };
-            shape.iter().enumerate().map(|(d, n)| tile(d, *n)).collect()
-        };
         let from = match &self.from {
-            TilesFrom::Stored(stored) => TilesFrom::Stored(Stored {
-                codes: stored.codes.reshape(old, new)?,
-                scales: ScaleView {
-                    view: stored.scales.view.reshape(&grid(old), &grid(new))?,
-                    block,
-                },
-            }),
+            TilesFrom::Stored(stored) => {
+                let grid = |shape: &[u64]| self.grid(shape);
+                TilesFrom::Stored(Stored {
+                    codes: stored.codes.reshape(old, new)?,
+                    scales: ScaleView {
+                        view: stored.scales.view.reshape(&grid(old), &grid(new))?,
+                        block,
+                    },
+                })
+            }
             TilesFrom::Made(made) => {
-                if made.extent[..] != *old {
+                let mut extent: Dims = new.into();
+                if r0 == r1 {
+                    // Parts of tiles: the extent reaches beyond the box.
+                    let matrix = &made.extent[old.len() - 2..];
+                    extent[new.len() - 2..].copy_from_slice(matrix);
+                } else if made.extent[..] != *old {
                     return None;
                 }
-                let input = reshape_pieces(made.input.clone(), old, new)?;
-                TilesFrom::Made(Made { recipe: made.recipe, extent: new.into(), input })
+                let input = reshape_pieces(made.input.clone(), &made.extent, &extent)?;
+                TilesFrom::Made(Made { recipe: made.recipe, extent, input })
             }
         };
         Some(Tiles { from, refined: self.refined, phase: self.phase })
+    }
+
+    /// How many tiles a box of this shape touches in each dimension.
+    fn grid(&self, shape: &[u64]) -> Dims {
+        let m = shape.len() - 2;
+        let mut grid: Dims = shape.into();
+        for k in 0..2 {
+            grid[m + k] = (self.phase[k] + shape[m + k]).div_ceil(self.block());
+        }
+        grid
     }
 }
 
@@ -397,7 +420,7 @@ pub(super) fn reshape_pieces(
     Some(out)
 }
 
-/// One box of known order; split along its first dimension until a strided box can say it.
+/// One box of known order; split where no strided box can say it.
 fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Option<()> {
     if let Some(expr) = expr.reshape(len, &to.len) {
         out.push(Piece { at: to, expr });
@@ -406,10 +429,13 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
     if matches!(expr, Expr::Tiles(_)) {
         return None;
     }
-    let dim = len.iter().position(|n| *n > 1)?;
+    let (dim, step) = match expr.has_tiles() {
+        true => tile_step(len, &to.len)?,
+        false => (len.iter().position(|n| *n > 1)?, 1),
+    };
     let mut slab: Dims = len.into();
-    slab[dim] = 1;
-    for i in 0..len[dim] {
+    slab[dim] = step;
+    for i in (0..len[dim]).step_by(step as usize) {
         let mut off: Dims = smallvec![0; len.len()];
         off[dim] = i;
         let part = Window { lo: off.clone(), len: slab.clone() };
@@ -423,4 +449,21 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
         }
     }
     Some(())
+}
+
+/// Where to split a box so that its parts keep their matrices in another shape: at the columns
+/// and rows that both shapes have, else one index at a time.
+///
+/// `[3584, 512] → [8, 448, 512]`: 448 rows at a time.
+fn tile_step(len: &[u64], to: &[u64]) -> Option<(usize, u64)> {
+    let ([.., r0, c0], [.., r1, c1]) = (len, to) else { return None };
+    let last = len.len() - 1;
+    let (rows, cols) = (gcd(*r0, *r1), gcd(*c0, *c1));
+    if cols < *c0 {
+        return Some((last, cols));
+    }
+    if c0 == c1 && rows < *r0 {
+        return Some((last - 1, rows));
+    }
+    len[..last].iter().position(|n| *n > 1).map(|dim| (dim, 1))
 }
