@@ -1,6 +1,8 @@
 //! Compares what a rank's file holds with the oracle: the first difference, with its coordinates.
 //! Knows nothing of manifests or the command line; the caller loads the parts.
 
+mod output;
+
 use std::collections::BTreeMap;
 
 use crate::backend::reference::Oracle;
@@ -9,6 +11,8 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::ir::{Dims, Type, show_shape};
 use crate::lower::Part;
+
+pub use output::{VerifyReport, verify_output};
 
 /// A tensor that a rank's file says it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]

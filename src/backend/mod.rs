@@ -1,3 +1,4 @@
-//! What executes a program, and the oracle that judges the result.
+//! Backends run a graph; `reference` is the oracle that they are held against.
 
+pub mod cpu;
 pub mod reference;

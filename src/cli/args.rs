@@ -16,6 +16,17 @@ pub struct Args {
 pub enum Command {
     /// Print the shape table: what each inference rank gets, from what, how large
     DryRun(DryRunArgs),
+    /// Run an update: on CPU threads from safetensors files, or on GPUs where they are
+    Run(RunArgs),
+    /// Compare the plan with what a receiver holds
+    Check(CheckArgs),
+    /// Recompute a run's output with the reference interpreter and compare every byte
+    Verify(VerifyArgs),
+    /// Say what a diagnostic code means
+    Explain {
+        /// A code such as E0304
+        code: String,
+    },
 }
 
 impl Command {
@@ -23,6 +34,9 @@ impl Command {
     pub fn json(&self) -> bool {
         match self {
             Command::DryRun(a) => a.format == TableFormat::Json,
+            Command::Check(a) => a.format == ReportFormat::Json,
+            Command::Verify(a) => a.format == ReportFormat::Json,
+            Command::Run(_) | Command::Explain { .. } => false,
         }
     }
 }
@@ -83,4 +97,106 @@ pub struct DryRunArgs {
     /// Which stage of the pipeline to print
     #[arg(long, value_enum, default_value_t = Stage::Shapes)]
     pub emit: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    Table,
+    Json,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    pub inputs: PlanArgs,
+    /// Receiver manifests: the parameters, buffers and aliases of a rank, as JSON
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    pub manifest: Vec<PathBuf>,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct VerifyArgs {
+    /// The output folder of a run; its manifest.json names the inputs
+    #[arg(value_name = "OUT_DIR")]
+    pub out: PathBuf,
+    /// The checkpoint, where it is no longer at the place that the manifest names
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Path {
+    Auto,
+    Peer,
+    Nccl,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Finite {
+    Auto,
+    Before,
+    During,
+    Allow,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub inputs: PlanArgs,
+    /// Output folder; by default the one that the plan declares
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    pub backend: Backend,
+    /// How bytes travel between GPUs
+    #[arg(long, value_enum, default_value_t = Path::Auto)]
+    pub path: Path,
+    /// Cap on staging memory: bytes, or with KiB, MiB, GiB
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    pub staging: u64,
+    /// Time limit of every wait for another rank
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub timeout: std::time::Duration,
+    /// NaN and infinity: auto refuses them before anything is published
+    #[arg(long, value_enum, default_value_t = Finite::Auto)]
+    pub finite_check: Finite,
+    /// Recompute the output with the reference interpreter afterwards
+    #[arg(long)]
+    pub verify: bool,
+    /// Replace the output of an earlier run
+    #[arg(long)]
+    pub force: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        other => return Err(format!("unknown unit {other}")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "not a whole number of bytes".to_owned())?;
+    let bytes = number.checked_mul(unit).ok_or("too large")?;
+    if bytes < 1 << 20 { Err("at least 1 MiB".to_owned()) } else { Ok(bytes) }
+}
+
+fn seconds(text: &str) -> Result<std::time::Duration, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    match std::time::Duration::try_from_secs_f64(number) {
+        Ok(d) if !d.is_zero() => Ok(d),
+        _ => Err("more than 0".to_owned()),
+    }
 }

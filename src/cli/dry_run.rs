@@ -1,11 +1,15 @@
 //! `engine dry-run`: compile, print, touch nothing.
 
+use crate::compile::Compiled;
+use crate::exec::{DEFAULT_STAGING, graph_of};
+use crate::graph::print_graph;
 use crate::lower::{print_program, print_shards};
 use crate::table::ShapeTable;
+use crate::topo::RankId;
 
 use super::args::{DryRunArgs, Stage, TableFormat};
 use super::inputs::{self, Weights};
-use super::{Failure, print, report};
+use super::{Failure, PLAIN_WIDTH, TableStyle, print, render_table, report};
 
 pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
     let loaded = inputs::load(&args.inputs, Weights::Optional)?;
@@ -17,13 +21,30 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         Stage::Plan => compiled.stages.iter().map(crate::ir::print_plan).collect(),
         Stage::Shards => print_shards(&compiled.program),
         Stage::Program => print_program(&compiled.program),
-        Stage::Graph => String::new(),
-        Stage::Shapes => {
-            let all = || compiled.mesh.ranks().collect::<Vec<_>>();
-            let table = ShapeTable::of(compiled, &wanted.clone().unwrap_or_else(all));
-            serde_json::to_string(&table).unwrap_or_default() + "\n"
+        Stage::Graph => {
+            let graph = graph_of(compiled, DEFAULT_STAGING)
+                .map_err(|error| Failure { error, files: compiled.files().clone() })?;
+            print_graph(&compiled.program, &graph)
         }
+        Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),
     };
     print(&text);
     Ok(())
+}
+
+fn shapes(compiled: &Compiled, wanted: Option<&[RankId]>, format: TableFormat) -> String {
+    // None where standard output is no terminal.
+    let width = comfy_table::Table::new().width().unwrap_or(PLAIN_WIDTH);
+    match format {
+        TableFormat::Json => {
+            let all = || compiled.mesh.ranks().collect::<Vec<_>>();
+            let table = ShapeTable::of(compiled, &wanted.map_or_else(all, <[RankId]>::to_vec));
+            serde_json::to_string(&table).unwrap_or_default() + "\n"
+        }
+        TableFormat::Table if super::styled() => {
+            render_table(compiled, wanted, TableStyle::Styled, width)
+        }
+        TableFormat::Table => render_table(compiled, wanted, TableStyle::Plain, width),
+        TableFormat::Markdown => render_table(compiled, wanted, TableStyle::Markdown, width),
+    }
 }

@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ExpertMapFile, SourceManifest};
 use crate::load::{FolderModules, OpenModel, Opened, folder_of, read_plan};
 use crate::script::Limits;
+use crate::shard::ExpertMap;
 use crate::topo::{InferMesh, RankId, TrainMesh};
 
 use super::Failure;
@@ -36,10 +37,7 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
         Some(path) => Some(SourceManifest::read(path)?),
         None => None,
     };
-    let experts = match &args.expert_map {
-        Some(path) => ExpertMapFile::read(path)?.layers,
-        None => BTreeMap::new(),
-    };
+    let experts = expert_map(args)?;
     let given = match &args.model {
         Some(path) => Some(open(path, weights)?),
         None => None,
@@ -107,7 +105,15 @@ fn pairs(flag: &str, words: &[String]) -> Result<BTreeMap<String, String>> {
     Ok(out)
 }
 
-fn facts(words: &[String]) -> Result<BTreeMap<String, String>> {
+/// The map of `--expert-map`; empty without one.
+pub(super) fn expert_map(args: &PlanArgs) -> Result<ExpertMap> {
+    match &args.expert_map {
+        Some(path) => Ok(ExpertMapFile::read(path)?.layers),
+        None => Ok(BTreeMap::new()),
+    }
+}
+
+pub(super) fn facts(words: &[String]) -> Result<BTreeMap<String, String>> {
     let facts = pairs("--target", words)?;
     match facts.keys().find(|k| !crate::script::FACTS.contains(&k.as_str())) {
         Some(key) => Err(usage(

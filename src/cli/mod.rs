@@ -1,8 +1,14 @@
 //! The command line: text to arguments, arguments to library calls, results to the terminal.
 
 mod args;
+mod check;
 mod dry_run;
+mod explain;
+mod human;
 mod inputs;
+mod run;
+mod shape_table;
+mod verify;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -14,6 +20,7 @@ use crate::error::Error;
 
 pub use args::Args;
 use args::Command;
+pub use shape_table::{PLAIN_WIDTH, TableStyle, render_table};
 
 /// What a command gives back: an error with the plan files that it points into.
 pub(crate) struct Failure {
@@ -45,6 +52,10 @@ pub fn main() -> ExitCode {
     let json = args.command.json();
     let result = match &args.command {
         Command::DryRun(a) => dry_run::run(a),
+        Command::Run(a) => run::run(a),
+        Command::Check(a) => check::run(a),
+        Command::Verify(a) => verify::run(a),
+        Command::Explain { code } => explain::run(code),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -53,6 +64,11 @@ pub fn main() -> ExitCode {
             ExitCode::from(failure.error.exit_code())
         }
     }
+}
+
+/// True if standard output is a terminal that wants escape codes.
+pub(crate) fn styled() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
 /// Prints diagnostics on standard error.

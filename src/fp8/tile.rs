@@ -49,6 +49,30 @@ impl<'a, T> Tile<'a, T> {
     }
 }
 
+/// Where rows lie in memory, in bytes, that the caller reads next: the encoder has them brought
+/// into the cache meanwhile. Never read through; `bytes` is 0 for none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Next {
+    pub start: *const u8,
+    pub stride: usize,
+    pub bytes: usize,
+}
+
+impl Next {
+    pub const NONE: Next = Next { start: std::ptr::null(), stride: 0, bytes: 0 };
+
+    /// As many rows of `bytes` bytes as a tile has.
+    fn new<T>(values: &[T], stride: usize, cols: usize) -> Next {
+        let size = size_of::<T>();
+        Next { start: values.as_ptr().cast(), stride: stride * size, bytes: cols * size }
+    }
+
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> *const u8 {
+        self.start.wrapping_add(row * self.stride)
+    }
+}
+
 /// f32 bits of the largest |x| of a bf16 tile, NaN above infinity above all numbers.
 pub fn amax_bits_bf16(src: &[u16], stride: usize, rows: usize, cols: usize) -> u32 {
     let tile = Tile { values: src, stride, rows, cols };
@@ -79,7 +103,14 @@ pub fn encode_tile_bf16(
     out_stride: usize,
 ) {
     let tile = Tile { values: src, stride, rows, cols };
-    simd::encode(simd::level(), recipe.step(scale), Source::Bf16(tile), out, out_stride);
+    simd::encode(
+        simd::level(),
+        recipe.step(scale),
+        Source::Bf16(tile),
+        Next::NONE,
+        out,
+        out_stride,
+    );
 }
 
 /// Writes the codes of an f16 tile whose scale is known.
@@ -104,7 +135,7 @@ pub fn encode_tile_f16(
             let wide = &mut wide[..narrow.len()];
             narrow.reinterpret_cast::<f16>().convert_to_f32_slice(wide);
             let tile = Tile { values: wide, stride: 0, rows: 1, cols: wide.len() };
-            simd::encode(simd::level(), step, Source::F32(tile), codes, 0);
+            simd::encode(simd::level(), step, Source::F32(tile), Next::NONE, codes, 0);
         }
     }
 }
@@ -122,7 +153,14 @@ pub fn encode_tile_f32(
     out_stride: usize,
 ) {
     let tile = Tile { values: src, stride, rows, cols };
-    simd::encode(simd::level(), recipe.step(scale), Source::F32(tile), out, out_stride);
+    simd::encode(
+        simd::level(),
+        recipe.step(scale),
+        Source::F32(tile),
+        Next::NONE,
+        out,
+        out_stride,
+    );
 }
 
 /// Quantizes one bf16 tile. A tile of 448.0 and 1.0 has scale 1 and codes 0x7e and 0x38.
@@ -135,10 +173,8 @@ pub fn quantize_tile_bf16(
     out: &mut [u8],
     out_stride: usize,
 ) -> TileScale {
-    let amax_bits = amax_bits_bf16(src, stride, rows, cols);
-    let scale = recipe.scale_of(amax_bits);
-    encode_tile_bf16(recipe, scale, src, stride, rows, cols, out, out_stride);
-    TileScale { scale, amax_bits }
+    let tile = Tile { values: src, stride, rows, cols };
+    quantize_bf16(recipe, tile, Next::NONE, out, out_stride)
 }
 
 /// Quantizes one f16 tile.
@@ -167,10 +203,8 @@ pub fn quantize_tile_f32(
     out: &mut [u8],
     out_stride: usize,
 ) -> TileScale {
-    let amax_bits = amax_bits_f32(src, stride, rows, cols);
-    let scale = recipe.scale_of(amax_bits);
-    encode_tile_f32(recipe, scale, src, stride, rows, cols, out, out_stride);
-    TileScale { scale, amax_bits }
+    let tile = Tile { values: src, stride, rows, cols };
+    quantize_f32(recipe, tile, Next::NONE, out, out_stride)
 }
 
 /// Rows and columns of the scale grid: ceil(rows / block) x ceil(cols / block).
@@ -202,15 +236,24 @@ pub fn quantize_matrix(
             let wide = block.min(cols - col);
             let start = row * cols + col;
             let out = &mut codes[start..];
+            // The tile to the right, or the first of the next row of tiles.
+            let next =
+                if grid_col + 1 < grid_cols { start + wide } else { start + high * cols - col };
             let tile = match input {
                 Values::Bf16(src) => {
-                    quantize_tile_bf16(recipe, &src[start..], cols, high, wide, out, cols)
+                    let next = Next::new(src.get(next..).unwrap_or_default(), cols, wide);
+                    let values = &src[start..];
+                    let tile = Tile { values, stride: cols, rows: high, cols: wide };
+                    quantize_bf16(recipe, tile, next, out, cols)
                 }
                 Values::F16(src) => {
                     quantize_tile_f16(recipe, &src[start..], cols, high, wide, out, cols)
                 }
                 Values::F32(src) => {
-                    quantize_tile_f32(recipe, &src[start..], cols, high, wide, out, cols)
+                    let next = Next::new(src.get(next..).unwrap_or_default(), cols, wide);
+                    let values = &src[start..];
+                    let tile = Tile { values, stride: cols, rows: high, cols: wide };
+                    quantize_f32(recipe, tile, next, out, cols)
                 }
             };
             scales[grid_row * grid_cols + grid_col] = tile.scale;
@@ -248,6 +291,34 @@ pub fn dequantize_matrix(
             }
         }
     }
+}
+
+fn quantize_bf16(
+    recipe: &Recipe,
+    tile: Tile<'_, u16>,
+    next: Next,
+    out: &mut [u8],
+    out_stride: usize,
+) -> TileScale {
+    let amax_bits = amax_bits_bf16(tile.values, tile.stride, tile.rows, tile.cols);
+    let scale = recipe.scale_of(amax_bits);
+    let source = Source::Bf16(tile);
+    simd::encode(simd::level(), recipe.step(scale), source, next, out, out_stride);
+    TileScale { scale, amax_bits }
+}
+
+fn quantize_f32(
+    recipe: &Recipe,
+    tile: Tile<'_, f32>,
+    next: Next,
+    out: &mut [u8],
+    out_stride: usize,
+) -> TileScale {
+    let amax_bits = amax_bits_f32(tile.values, tile.stride, tile.rows, tile.cols);
+    let scale = recipe.scale_of(amax_bits);
+    let source = Source::F32(tile);
+    simd::encode(simd::level(), recipe.step(scale), source, next, out, out_stride);
+    TileScale { scale, amax_bits }
 }
 
 /// The largest value of 16-bit floats with the sign bit off: for bf16 and f16 alike the order

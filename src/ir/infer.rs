@@ -80,7 +80,10 @@ pub fn infer(
             let size = dim_of(t, *dim)?;
             let what = format!("{axis} = {parts}");
             let local = divide(size, parts, &what, *dim)?;
-            cut_label(&what, size, local, on_grid(t, *dim, local, parts))?;
+            cut_label(&what, size, local, on_grid(t, *dim, local, parts)).map_err(|e| {
+                let label = e.label.map(|l| l + "; ranks 0 and 1 would share a tile");
+                TypeError { label, ..e }
+            })?;
             Ok(resized(t, *dim, local))
         }
         Op::Heads { axis, heads } => {

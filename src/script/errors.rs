@@ -29,7 +29,7 @@ const SIGNATURES: &[(&str, &str)] = &[
     ("path", "block.path()"),
     ("permute", "tensor.permute([dim, ..])"),
     ("quantize", "tensor.quantize(recipe)"),
-    ("refine", "tensor.refine(block)"),
+    ("refine", "tensor.refine(recipe) or tensor.refine(block)"),
     ("require", "require(condition, message)"),
     ("reshape", "tensor.reshape([size, ..])"),
     ("scale_suffix", "recipe.scale_suffix(\"_scale_inv\" | \"_scale\")"),
@@ -43,7 +43,7 @@ const SIGNATURES: &[(&str, &str)] = &[
 ];
 
 /// The nearest of some names, if one is near.
-pub(super) fn nearest<'a>(
+pub(crate) fn nearest<'a>(
     name: &str,
     names: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
@@ -63,6 +63,13 @@ pub(super) fn parse_error(e: &ParseError) -> Diagnostic {
             Diagnostic::error("E0107", format!("`{name}` is a reserved name"))
                 .hint("give the variable another name")
         }
+        rhai::ParseErrorType::AssignmentToInvalidLHS(_) => Diagnostic::error(
+            "E0101",
+            "the plan does not parse: this cannot be written to",
+        )
+        .hint(
+            "put the block into a variable first: let b = x.at(\"..\"); b[\"name\"] = tensor",
+        ),
         kind => Diagnostic::error("E0101", format!("the plan does not parse: {kind}")),
     }
 }
@@ -113,10 +120,10 @@ const TRAP: &str = "E0101";
 
 fn innermost(state: &State, error: EvalAltResult, at: Span) -> Diagnostic {
     match error {
-        EvalAltResult::ErrorRuntime(value, _) => raised(value, at),
-        EvalAltResult::ErrorTerminated(value, _) if value.is::<Trapped>() => {
+        EvalAltResult::ErrorRuntime(value, _) if value.is::<Trapped>() => {
             Diagnostic::error(TRAP, "trap")
         }
+        EvalAltResult::ErrorRuntime(value, _) => raised(value, at),
         EvalAltResult::ErrorTerminated(..) => {
             limit("time", at).hint("a plan takes milliseconds: look for a loop that never ends")
         }

@@ -33,7 +33,8 @@ impl Raised {
 }
 
 /// Names that the host answers; a script may not define them.
-pub(super) const RESERVED: [&str; 20] = [
+pub(super) const RESERVED: [&str; 21] = [
+    "at",
     "tp",
     "dp",
     "ep",
@@ -76,9 +77,10 @@ fn refuse<T>(
     raise(Diagnostic::error(code, message).at(at), ctx)
 }
 
+/// The trap travels as an error of the script: only those gather the calls that led to it.
 fn trapped<T>(result: Result<T, Trapped>, ctx: &NativeCallContext) -> Fallible<T> {
     result.map_err(|t| {
-        Box::new(EvalAltResult::ErrorTerminated(Dynamic::from(t), ctx.call_position()))
+        Box::new(EvalAltResult::ErrorRuntime(Dynamic::from(t), ctx.call_position()))
     })
 }
 
@@ -103,6 +105,7 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
     rules(engine, state);
     declarations(engine, state);
     super::config::register(engine, state);
+    super::at_statement::register(engine);
     engine.on_print(|text| tracing::info!(target: "plan", "{text}"));
     engine.on_debug(|text, _, _| tracing::debug!(target: "plan", "{text}"));
 }
@@ -130,6 +133,7 @@ fn reserved(state: &State, name: &str) -> Option<Dynamic> {
         return Some(Dynamic::from(DTypeValue(dtype)));
     }
     Some(match name {
+        "at" => Dynamic::from(super::at_statement::Root),
         "model" => Dynamic::from(Config { path: Vec::new() }),
         "target" => Dynamic::from(Facts),
         "none" => Dynamic::from(RecipeValue::None),
@@ -398,6 +402,11 @@ fn values(engine: &mut Engine, state: &Shared) {
         push(&s, &ctx, Op::Refine { block }, &[*t])
     });
     let s = Rc::clone(state);
+    engine.register_fn(
+        "refine",
+        move |ctx: NativeCallContext, t: &mut Tensor, r: RecipeValue| refine(&s, &ctx, *t, r),
+    );
+    let s = Rc::clone(state);
     engine.register_fn("+", move |ctx: NativeCallContext, a: Tensor, b: Tensor| {
         push(&s, &ctx, Op::Add, &[a, b])
     });
@@ -429,6 +438,27 @@ fn pad(
     push(s, ctx, Op::Pad { dim, multiple, value }, &[t])
 }
 
+/// Brings an FP8 source to the form in which a recipe's target is cut: its tiles, or values for
+/// none. What is not quantized has no grid yet.
+fn refine(
+    s: &Shared,
+    ctx: &NativeCallContext,
+    t: Tensor,
+    recipe: RecipeValue,
+) -> Fallible<Tensor> {
+    let Some(block) = s.borrow().block_of(t) else { return Ok(t) };
+    let wanted = match recipe {
+        RecipeValue::None => return quantize(s, ctx, t, recipe),
+        RecipeValue::One { recipe, .. } | RecipeValue::TwoStep { first: recipe, .. } => {
+            u64::from(recipe.block)
+        }
+    };
+    if block == wanted {
+        return Ok(t);
+    }
+    push(s, ctx, Op::Refine { block: wanted }, &[t])
+}
+
 fn quantize(
     s: &Shared,
     ctx: &NativeCallContext,
@@ -436,6 +466,10 @@ fn quantize(
     recipe: RecipeValue,
 ) -> Fallible<Tensor> {
     match recipe {
+        // A target that is not quantized holds an FP8 source's values.
+        RecipeValue::None if s.borrow().block_of(t).is_some() => {
+            push(s, ctx, Op::Dequantize { dtype: DType::Bf16 }, &[t])
+        }
         RecipeValue::None => Ok(t),
         RecipeValue::One { recipe, scale_name } => {
             push(s, ctx, Op::Quantize { recipe, scale_name }, &[t])

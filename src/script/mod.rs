@@ -1,5 +1,6 @@
 //! Runs a plan script and gives a `Plan`. The only folder that imports rhai.
 
+mod at_statement;
 mod config;
 mod errors;
 mod host;
@@ -21,6 +22,7 @@ use crate::ir::{Dims, Plan};
 use crate::topo::{Coords, InferMesh};
 
 pub use config::FACTS;
+pub(crate) use errors::nearest as nearest_name;
 pub use limits::Limits;
 pub use modules::{BuiltinModules, ModuleFiles, NoModules};
 use state::State;
@@ -89,7 +91,7 @@ pub fn evaluate(request: &Request<'_>) -> Outcome {
     if state.restart {
         return Outcome::Restart(state.declared);
     }
-    state.finish();
+    state.finish(failure.is_none());
     let mut problems = replay::with_call_chains(request, &mut state);
     if let Some(failure) = failure {
         problems.push(failure);

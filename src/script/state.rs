@@ -1,6 +1,6 @@
 //! What an evaluation has built so far: sources, nodes, parameters, problems, events.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use rhai::Position;
@@ -113,6 +113,11 @@ impl State {
         &self.types[id.0 as usize]
     }
 
+    /// The block size of a quantized value.
+    pub fn block_of(&self, t: Tensor) -> Option<u64> {
+        Some(self.type_of(t.0?).quant?.block)
+    }
+
     /// Adds a node, or reports why it cannot be and gives the empty tensor.
     pub fn push(&mut self, op: Op, inputs: &[Tensor], span: Span) -> Result<Tensor, Trapped> {
         let event = self.event()?;
@@ -159,18 +164,43 @@ impl State {
                 self.problem(event, d);
                 return Ok(Tensor(None));
             }
-            return self.push(Op::Source(id), &[], span);
+            return self.read(id, dtype, span);
         }
         match self.source_format(&name, &shape, dtype) {
             Ok(format) => {
                 let id = SourceId(self.sources.len() as u32);
                 self.source_ids.insert(name.clone(), id);
                 self.sources.push(Source { name, shape, format, span });
-                self.push(Op::Source(id), &[], span)
+                self.read(id, dtype, span)
             }
             Err(d) => {
                 let event = self.event()?;
                 self.problem(event, d.at(span).about(name));
+                Ok(Tensor(None))
+            }
+        }
+    }
+
+    /// Reads a source in the type that the plan declares, which its own may widen to.
+    fn read(&mut self, id: SourceId, declared: DType, span: Span) -> Result<Tensor, Trapped> {
+        let value = self.push(Op::Source(id), &[], span)?;
+        let source = &self.sources[id.0 as usize];
+        match source.format {
+            SourceFormat::Plain(dtype) if dtype == declared => Ok(value),
+            SourceFormat::Plain(dtype) if dtype.widens_to(declared) => {
+                self.push(Op::Cast { dtype: declared }, &[value], span)
+            }
+            SourceFormat::Quantized { .. } if declared.is_float() => Ok(value),
+            _ => {
+                let d = Diagnostic::error(
+                    "E0403",
+                    format!("{} is named twice, now as {declared}", source.name),
+                )
+                .at(span)
+                .also(source.span, "first named here")
+                .about(source.name.clone());
+                let event = self.event()?;
+                self.problem(event, d);
                 Ok(Tensor(None))
             }
         }
@@ -333,11 +363,14 @@ impl State {
     }
 
     /// What can only be said at the end: derived parameters, unknown options, empty entries.
-    pub fn finish(&mut self) {
+    /// The last two only of a script that ran to its end.
+    pub fn finish(&mut self, complete: bool) {
         self.mark_derived();
         self.suggest_names();
-        self.check_options();
-        self.check_ignore_list();
+        if complete {
+            self.check_options();
+            self.check_ignore_list();
+        }
     }
 
     /// A parameter is derived if every path to its sources passes `.dequantize` of a node that
@@ -454,15 +487,18 @@ struct SegmentRuns<'a> {
 
 impl<'a> SegmentRuns<'a> {
     fn of(names: &[&'a str], wanted: impl Iterator<Item = &'a str>) -> Self {
-        let wanted: std::collections::HashSet<&str> = wanted.collect();
+        let wanted: HashSet<&str> = wanted.collect();
+        let heads: HashSet<&str> =
+            wanted.iter().map(|w| w.split('.').next().unwrap_or_default()).collect();
         let mut found = BTreeSet::new();
         for name in names {
             let ends: Vec<usize> =
                 name.match_indices('.').map(|(i, _)| i).chain([name.len()]).collect();
             let starts = [0].into_iter().chain(ends.iter().map(|e| e + 1));
-            for start in starts.filter(|s| *s < name.len()) {
-                for end in ends.iter().filter(|e| **e > start) {
-                    found.extend(wanted.get(&name[start..*end]));
+            for (k, start) in starts.take(ends.len()).enumerate() {
+                // Most segments begin no wanted run.
+                if heads.contains(&name[start..ends[k]]) {
+                    found.extend(ends[k..].iter().filter_map(|e| wanted.get(&name[start..*e])));
                 }
             }
         }

@@ -5,6 +5,7 @@ mod piece;
 mod resolve;
 
 pub use boxes::{Window, row_major};
+pub(crate) use piece::crop_pieces;
 pub use piece::{Expr, Made, Piece, ScaleView, Storage, Stored, Tiles, TilesFrom, View};
 pub use resolve::{ExpertMap, Resolver};
 

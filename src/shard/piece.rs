@@ -325,51 +325,47 @@ impl Tiles {
         Some(Tiles { from, refined: self.refined, phase })
     }
 
-    /// Keeps each matrix, or splits and joins rows on the grid; all else has no single box.
+    /// Splits or joins rows on the tile grid, or the dimensions before rows and columns; anything
+    /// else has no single box.
     fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Tiles> {
+        let ([leading @ .., r0, c0], [.., r1, c1]) = (old, new) else { return None };
+        let matrix = [*r0, *c0];
         let block = self.block();
-        let ([.., r0, c0], [.., r1, c1]) = (old, new) else { return None };
-        let (low, high) = (*r0.min(r1), *r0.max(r1));
-        let on_grid =
-            self.phase == [0, 0] && high.is_multiple_of(low) && low.is_multiple_of(block);
-        if c0 != c1 || r0 != r1 && !on_grid {
+        let same_matrix = (r0, c0) == (r1, c1);
+        let rows_on_grid = c0 == c1
+            && r0.max(r1).is_multiple_of(*r0.min(r1))
+            && r0.min(r1).is_multiple_of(block);
+        if !same_matrix && (self.phase != [0, 0] || !rows_on_grid) {
             return None;
         }
+        let grid = |shape: &[u64]| -> Dims {
+            let m = shape.len() - 2;
+            let tiles = (0..2).map(|k| (self.phase[k] + shape[m + k]).div_ceil(block));
+            shape[..m].iter().copied().chain(tiles).collect()
+        };
         let from = match &self.from {
-            TilesFrom::Stored(stored) => {
-                let grid = |shape: &[u64]| self.grid(shape);
-                TilesFrom::Stored(Stored {
-                    codes: stored.codes.reshape(old, new)?,
-                    scales: ScaleView {
-                        view: stored.scales.view.reshape(&grid(old), &grid(new))?,
-                        block,
-                    },
-                })
-            }
+            TilesFrom::Stored(stored) => TilesFrom::Stored(Stored {
+                codes: stored.codes.reshape(old, new)?,
+                scales: ScaleView {
+                    view: stored.scales.view.reshape(&grid(old), &grid(new))?,
+                    block,
+                },
+            }),
             TilesFrom::Made(made) => {
-                let mut extent: Dims = new.into();
-                if r0 == r1 {
-                    // Parts of tiles: the extent reaches beyond the box.
-                    let matrix = &made.extent[old.len() - 2..];
-                    extent[new.len() - 2..].copy_from_slice(matrix);
-                } else if made.extent[..] != *old {
+                // Whole tiles may reach beyond the box, but in rows and columns only.
+                let (lead, tiles) = made.extent.split_at(leading.len());
+                if lead != leading || !same_matrix && tiles != matrix {
                     return None;
+                }
+                let mut extent: Dims = new.into();
+                if same_matrix {
+                    extent[new.len() - 2..].copy_from_slice(tiles);
                 }
                 let input = reshape_pieces(made.input.clone(), &made.extent, &extent)?;
                 TilesFrom::Made(Made { recipe: made.recipe, extent, input })
             }
         };
         Some(Tiles { from, refined: self.refined, phase: self.phase })
-    }
-
-    /// How many tiles a box of this shape touches in each dimension.
-    fn grid(&self, shape: &[u64]) -> Dims {
-        let m = shape.len() - 2;
-        let mut grid: Dims = shape.into();
-        for k in 0..2 {
-            grid[m + k] = (self.phase[k] + shape[m + k]).div_ceil(self.block());
-        }
-        grid
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::diag::Diagnostic;
 
@@ -49,7 +49,7 @@ impl fmt::Display for RankId {
 }
 
 /// The inference mesh. Every size is at least 1 and the world fits 64 bits.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct InferMesh {
     pub tp: u64,
     pub dp: u64,
@@ -57,13 +57,17 @@ pub struct InferMesh {
     pub pp: u64,
     pub redundant_experts: u64,
     /// True if expert load balancing runs: physical slots must then divide over the ranks.
-    #[serde(serialize_with = "as_number")]
+    #[serde(serialize_with = "as_number", deserialize_with = "from_number")]
     pub eplb: bool,
     pub replicas: u64,
 }
 
 fn as_number<S: serde::Serializer>(flag: &bool, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_u64(u64::from(*flag))
+}
+
+fn from_number<'de, D: serde::Deserializer<'de>>(d: D) -> Result<bool, D::Error> {
+    u64::deserialize(d).map(|n| n != 0)
 }
 
 /// A rank's index on each axis.
@@ -157,6 +161,12 @@ impl InferMesh {
         if mesh.redundant_experts > 0 && !mesh.eplb {
             return Err(bad("redundant experts need eplb=1".to_owned()));
         }
+        if mesh.eplb && mesh.ep == 1 {
+            return Err(
+                bad("eplb needs expert parallelism over more than one rank".to_owned())
+                    .hint("give ep = dp * tp"),
+            );
+        }
         Ok(mesh)
     }
 
@@ -249,6 +259,7 @@ mod tests {
             "tp=2,ep=4",
             "tp=-1",
             "redundant_experts=2,eplb=0",
+            "tp=2,redundant_experts=2",
         ] {
             assert_eq!(InferMesh::parse(text).unwrap_err().code, "E0307", "{text}");
         }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::super::codec::bf16_to_f32;
 use super::super::recipe::Step;
-use super::super::tile::{Tile, amax_f32_scalar, amax_u16_scalar, encode_scalar};
+use super::super::tile::{Next, Tile, amax_f32_scalar, amax_u16_scalar, encode_scalar};
 use super::{Source, amax_f32, amax_u16, encode, levels};
 
 fn row<T>(values: &[T]) -> Tile<'_, T> {
@@ -27,7 +27,7 @@ fn check(step: Step, source: Source<'_>) {
     }
     for level in levels() {
         let mut codes = vec![0xaa; rows * out_stride];
-        encode(level, step, source, &mut codes, out_stride);
+        encode(level, step, source, Next::NONE, &mut codes, out_stride);
         let differs = codes.iter().zip(&expected).position(|(a, b)| a != b);
         assert_eq!(differs, None, "{level:?}, {step:?}");
         match source {

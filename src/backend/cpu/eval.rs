@@ -1,0 +1,490 @@
+//! Makes the bytes of a box from its expression: gather, cast, add, quantize, dequantize.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use smallvec::smallvec;
+
+use crate::diag::Diagnostic;
+use crate::dtype::DType;
+use crate::fp8::codec::{
+    bf16_to_f32, e4m3_decode, e8m0_decode, e8m0_encode, f16_to_f32, f32_to_bf16,
+};
+use crate::fp8::tile::quantize_matrix;
+use crate::fp8::{ScaleFormat, Values};
+use crate::graph::tiles as tile_dims;
+use crate::ir::Dims;
+use crate::shard::{Expr, Made, Piece, Stored, Tiles, TilesFrom, View, row_major};
+
+use super::{Rows, Strided};
+
+type Fallible<T> = Result<T, Diagnostic>;
+
+/// Elements of a box in row-major order, as bits of their type's size.
+enum Bits {
+    B8(Vec<u8>),
+    B16(Vec<u16>),
+    B32(Vec<u32>),
+}
+
+impl Bits {
+    fn zeros(dtype: DType, count: usize) -> Self {
+        match dtype.size() {
+            1 => Bits::B8(vec![0; count]),
+            2 => Bits::B16(vec![0; count]),
+            _ => Bits::B32(vec![0; count]),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Bits::B8(v) => v,
+            Bits::B16(v) => bytemuck::cast_slice(v),
+            Bits::B32(v) => bytemuck::cast_slice(v),
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Bits::B8(v) => v,
+            Bits::B16(v) => bytemuck::cast_slice_mut(v),
+            Bits::B32(v) => bytemuck::cast_slice_mut(v),
+        }
+    }
+
+    /// The numbers as f32; every float type of the engine widens exactly.
+    fn to_f32(&self, dtype: DType) -> Vec<f32> {
+        match (self, dtype) {
+            (Bits::B16(v), DType::F16) => v.iter().map(|b| f16_to_f32(*b)).collect(),
+            (Bits::B16(v), _) => v.iter().map(|b| bf16_to_f32(*b)).collect(),
+            (Bits::B32(v), _) => v.iter().map(|b| f32::from_bits(*b)).collect(),
+            (Bits::B8(v), DType::E8m0) => v.iter().map(|b| e8m0_decode(*b)).collect(),
+            (Bits::B8(v), _) => v.iter().map(|b| e4m3_decode(*b)).collect(),
+        }
+    }
+
+    /// Rounds to nearest even.
+    fn from_f32(values: &[f32], dtype: DType) -> Self {
+        match dtype {
+            DType::Bf16 => Bits::B16(values.iter().map(|x| f32_to_bf16(*x)).collect()),
+            DType::F16 => {
+                let mut out = vec![f16::ZERO; values.len()];
+                out.convert_from_f32_slice(values);
+                Bits::B16(out.iter().map(|x| x.to_bits()).collect())
+            }
+            _ => Bits::B32(values.iter().map(|x| x.to_bits()).collect()),
+        }
+    }
+}
+
+fn count(len: &[u64]) -> usize {
+    len.iter().product::<u64>() as usize
+}
+
+/// Makes values: the row-major bytes of a window that some pieces fill.
+pub(super) fn values(
+    rows: &dyn Rows,
+    pieces: &[Piece],
+    len: &[u64],
+    dtype: DType,
+    out: &mut [u8],
+) -> Fallible<()> {
+    let size = dtype.size();
+    for piece in pieces {
+        match contiguous(&piece.at.lo, &piece.at.len, len) {
+            Some(first) => {
+                let first = (first * size) as usize;
+                let part = &mut out[first..first + count(&piece.at.len) * size as usize];
+                expr(rows, &piece.expr, &piece.at.len, part)?;
+            }
+            None => {
+                let mut part = Bits::zeros(dtype, count(&piece.at.len));
+                expr(rows, &piece.expr, &piece.at.len, part.bytes_mut())?;
+                scatter(part.bytes(), &piece.at.lo, &piece.at.len, out, len, size);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes codes and scales: the row-major bytes of a tile-aligned window of a quantized value.
+/// Returns false if a number that went into a tile is not finite.
+pub(super) fn quantized(
+    rows: &dyn Rows,
+    pieces: &[Piece],
+    len: &[u64],
+    format: ScaleFormat,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> Fallible<bool> {
+    let mut finite = true;
+    for piece in pieces {
+        let Expr::Tiles(tiles) = &piece.expr else {
+            return Err(Diagnostic::error(
+                "E0502",
+                "a quantized target has an unquantized piece",
+            ));
+        };
+        let part_len = &piece.at.len;
+        let grid = tile_dims(part_len, tiles.refined);
+        let mut part_scales = vec![0f32; count(&grid)];
+        match contiguous(&piece.at.lo, part_len, len) {
+            Some(first) => {
+                let part = &mut codes[first as usize..][..count(part_len)];
+                finite &= tiles_into(rows, tiles, part_len, part, &mut part_scales)?;
+            }
+            None => {
+                let mut part = vec![0u8; count(part_len)];
+                finite &= tiles_into(rows, tiles, part_len, &mut part, &mut part_scales)?;
+                scatter(&part, &piece.at.lo, part_len, codes, len, 1);
+            }
+        }
+        let at = tile_dims(&piece.at.lo, tiles.refined);
+        let whole = tile_dims(len, tiles.refined);
+        match format {
+            ScaleFormat::F32 => {
+                let bytes: &[u8] = bytemuck::cast_slice(&part_scales);
+                scatter(bytes, &at, &grid, scales, &whole, 4);
+            }
+            ScaleFormat::E8m0 => {
+                let bytes: Vec<u8> = part_scales.iter().map(|s| e8m0_encode(*s)).collect();
+                scatter(&bytes, &at, &grid, scales, &whole, 1);
+            }
+        }
+    }
+    Ok(finite)
+}
+
+/// First element of a box if it is contiguous in a tensor of the given lengths.
+fn contiguous(lo: &[u64], len: &[u64], whole: &[u64]) -> Option<u64> {
+    let mut partial = false;
+    for d in (0..len.len()).rev() {
+        if partial && len[d] != 1 {
+            return None;
+        }
+        partial |= len[d] != whole[d];
+    }
+    Some(lo.iter().zip(row_major(whole)).map(|(i, s)| i * s).sum())
+}
+
+/// Copies a row-major box to its place in a larger row-major tensor.
+fn scatter(part: &[u8], lo: &[u64], len: &[u64], out: &mut [u8], whole: &[u64], size: u64) {
+    let Some(last) = len.len().checked_sub(1) else {
+        out[..size as usize].copy_from_slice(part);
+        return;
+    };
+    let row = (len[last] * size) as usize;
+    if row == 0 {
+        return;
+    }
+    let strides = row_major(whole);
+    for (i, bytes) in part.chunks_exact(row).enumerate() {
+        let mut left = i as u64;
+        let mut at = lo[last];
+        for d in (0..last).rev() {
+            at += (lo[d] + left % len[d]) * strides[d];
+            left /= len[d];
+        }
+        let at = (at * size) as usize;
+        out[at..at + row].copy_from_slice(bytes);
+    }
+}
+
+/// The row-major bytes of one expression.
+fn expr(rows: &dyn Rows, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> {
+    match e {
+        Expr::Load(view) => load(rows, view, len, out),
+        Expr::Fill { dtype, bits } => {
+            fill(*dtype, f64::from_bits(*bits), out);
+            Ok(())
+        }
+        _ => {
+            let numbers = numbers(rows, e, len)?;
+            out.copy_from_slice(Bits::from_f32(&numbers, e.dtype()).bytes());
+            Ok(())
+        }
+    }
+}
+
+/// The value of an expression in f32, after the rounding that its own type asks for.
+fn numbers(rows: &dyn Rows, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
+    match e {
+        Expr::Load(_) | Expr::Fill { .. } => {
+            let mut bits = Bits::zeros(e.dtype(), count(len));
+            expr(rows, e, len, bits.bytes_mut())?;
+            Ok(bits.to_f32(e.dtype()))
+        }
+        Expr::Cast { dtype, value } => Ok(rounded(numbers(rows, value, len)?, *dtype)),
+        Expr::Scale { factor, value } => {
+            let factor = f64::from_bits(*factor) as f32;
+            let mut x = numbers(rows, value, len)?;
+            x.iter_mut().for_each(|x| *x *= factor);
+            Ok(rounded(x, e.dtype()))
+        }
+        Expr::Add { left, right } => {
+            let mut x = numbers(rows, left, len)?;
+            let y = numbers(rows, right, len)?;
+            x.iter_mut().zip(&y).for_each(|(x, y)| *x += y);
+            Ok(rounded(x, e.dtype()))
+        }
+        Expr::Dequantize { dtype, tiles } => {
+            Ok(rounded(dequantized(rows, tiles, len)?, *dtype))
+        }
+        Expr::Tiles(_) => {
+            Err(Diagnostic::error("E0502", "a quantized value where numbers are wanted"))
+        }
+    }
+}
+
+/// Rounds to the type and back.
+fn rounded(x: Vec<f32>, dtype: DType) -> Vec<f32> {
+    match dtype {
+        DType::F32 => x,
+        _ => Bits::from_f32(&x, dtype).to_f32(dtype),
+    }
+}
+
+fn dequantized(rows: &dyn Rows, tiles: &Tiles, len: &[u64]) -> Fallible<Vec<f32>> {
+    let mut codes = vec![0u8; count(len)];
+    let grid = tile_dims(len, tiles.refined);
+    let mut scales = vec![0f32; count(&grid)];
+    // A phase inside the finer tile cannot occur: cuts lie on its grid.
+    tiles_into(rows, tiles, len, &mut codes, &mut scales)?;
+    let m = len.len() - 2;
+    let (r, c) = (len[m] as usize, len[m + 1] as usize);
+    let (gr, gc) = (grid[m] as usize, grid[m + 1] as usize);
+    let block = tiles.refined as usize;
+    let mut out = Vec::with_capacity(codes.len());
+    for (i, row) in codes.chunks_exact(c.max(1)).enumerate() {
+        let (matrix, row_index) = (i / r, i % r);
+        let scales = &scales[(matrix * gr + row_index / block) * gc..][..gc];
+        for (codes, scale) in row.chunks(block).zip(scales) {
+            out.extend(codes.iter().map(|code| e4m3_decode(*code) * scale));
+        }
+    }
+    Ok(out)
+}
+
+/// Codes of a box and its scales on the grid of `refined`. False if an input is not finite.
+fn tiles_into(
+    rows: &dyn Rows,
+    tiles: &Tiles,
+    len: &[u64],
+    codes: &mut [u8],
+    scales: &mut [f32],
+) -> Fallible<bool> {
+    match &tiles.from {
+        TilesFrom::Stored(stored) => {
+            load(rows, &stored.codes, len, codes)?;
+            let coarse = stored_scales(rows, tiles, stored, len)?;
+            refine(&coarse.0, &coarse.1, tiles, len, scales);
+            Ok(true)
+        }
+        TilesFrom::Made(made) => made_tiles(rows, tiles, made, len, codes, scales),
+    }
+}
+
+/// The stored scales of the tiles that a box touches, and their grid.
+fn stored_scales(
+    rows: &dyn Rows,
+    tiles: &Tiles,
+    stored: &Stored,
+    len: &[u64],
+) -> Fallible<(Vec<f32>, Dims)> {
+    let grid = touched(tiles, len);
+    let view = &stored.scales.view;
+    let mut bits = Bits::zeros(view.dtype, count(&grid));
+    load(rows, view, &grid, bits.bytes_mut())?;
+    Ok((bits.to_f32(view.dtype), grid))
+}
+
+/// Grid of the coarse tiles that a box with this phase touches.
+fn touched(tiles: &Tiles, len: &[u64]) -> Dims {
+    let m = len.len() - 2;
+    let mut grid: Dims = len.into();
+    for k in 0..2 {
+        grid[m + k] = (tiles.phase[k] + len[m + k]).div_ceil(tiles.block());
+    }
+    grid
+}
+
+/// Repeats coarse scales onto the finer grid.
+fn refine(coarse: &[f32], grid: &[u64], tiles: &Tiles, len: &[u64], out: &mut [f32]) {
+    let m = len.len() - 2;
+    let fine = tile_dims(len, tiles.refined);
+    let block = tiles.block();
+    let at = |k: usize, i: u64| (tiles.phase[k] + i * tiles.refined) / block;
+    let matrices: u64 = fine[..m].iter().product();
+    let mut next = out.iter_mut();
+    for matrix in 0..matrices {
+        for i in 0..fine[m] {
+            let row = (matrix * grid[m] + at(0, i)) * grid[m + 1];
+            for j in 0..fine[m + 1] {
+                if let Some(scale) = next.next() {
+                    *scale = coarse[(row + at(1, j)) as usize];
+                }
+            }
+        }
+    }
+}
+
+fn made_tiles(
+    rows: &dyn Rows,
+    tiles: &Tiles,
+    made: &Made,
+    len: &[u64],
+    codes: &mut [u8],
+    scales: &mut [f32],
+) -> Fallible<bool> {
+    let dtype = made.input.first().map_or(DType::F32, |p| p.expr.dtype());
+    let mut input = Bits::zeros(dtype, count(&made.extent));
+    values(rows, &made.input, &made.extent, dtype, input.bytes_mut())?;
+    if made.extent[..] == *len && tiles.refined == tiles.block() {
+        return Ok(quantize_all(made, &input, dtype, codes, scales));
+    }
+    let grid = tile_dims(&made.extent, tiles.block());
+    let mut all_codes = vec![0u8; count(&made.extent)];
+    let mut coarse = vec![0f32; count(&grid)];
+    let finite = quantize_all(made, &input, dtype, &mut all_codes, &mut coarse);
+    let mut off: Dims = smallvec![0; len.len()];
+    let m = len.len() - 2;
+    (off[m], off[m + 1]) = (tiles.phase[0], tiles.phase[1]);
+    gather(&all_codes, &made.extent, &off, len, codes);
+    refine(&coarse, &grid, tiles, len, scales);
+    Ok(finite)
+}
+
+/// Copies a box out of a larger row-major tensor of bytes.
+fn gather(whole: &[u8], extent: &[u64], off: &[u64], len: &[u64], out: &mut [u8]) {
+    let strides = row_major(extent);
+    let last = len.len() - 1;
+    let row = len[last] as usize;
+    for (i, bytes) in out.chunks_exact_mut(row.max(1)).enumerate() {
+        let mut left = i as u64;
+        let mut at = off[last];
+        for d in (0..last).rev() {
+            at += (off[d] + left % len[d]) * strides[d];
+            left /= len[d];
+        }
+        bytes.copy_from_slice(&whole[at as usize..][..row]);
+    }
+}
+
+/// Quantizes every matrix of a box.
+fn quantize_all(
+    made: &Made,
+    input: &Bits,
+    dtype: DType,
+    codes: &mut [u8],
+    scales: &mut [f32],
+) -> bool {
+    let m = made.extent.len() - 2;
+    let (r, c) = (made.extent[m] as usize, made.extent[m + 1] as usize);
+    let block = made.recipe.block as usize;
+    let tiles = r.div_ceil(block) * c.div_ceil(block);
+    let mut amax = 0;
+    let matrices = codes.chunks_exact_mut(r * c).zip(scales.chunks_exact_mut(tiles));
+    for (i, (codes, scales)) in matrices.enumerate() {
+        let part = i * r * c..(i + 1) * r * c;
+        let values = match input {
+            Bits::B16(v) if dtype == DType::F16 => Values::F16(&v[part]),
+            Bits::B16(v) => Values::Bf16(&v[part]),
+            Bits::B32(v) => Values::F32(bytemuck::cast_slice(&v[part])),
+            Bits::B8(_) => return false,
+        };
+        amax = amax.max(quantize_matrix(&made.recipe, values, r, c, codes, scales));
+    }
+    f32::from_bits(amax).is_finite()
+}
+
+fn fill(dtype: DType, value: f64, out: &mut [u8]) {
+    if value.to_bits() == 0 {
+        out.fill(0);
+        return;
+    }
+    match dtype {
+        DType::I32 => {
+            out.chunks_exact_mut(4)
+                .for_each(|b| b.copy_from_slice(&(value as i32).to_le_bytes()));
+        }
+        DType::U8 | DType::E4m3 | DType::E8m0 => out.fill(value as u8),
+        _ => {
+            let one = Bits::from_f32(&[value as f32], dtype);
+            let bytes = one.bytes();
+            out.chunks_exact_mut(bytes.len()).for_each(|b| b.copy_from_slice(bytes));
+        }
+    }
+}
+
+/// Reads a strided box in the order in which it lies in storage, then puts it in its own order.
+fn load(rows: &dyn Rows, view: &View, len: &[u64], out: &mut [u8]) -> Fallible<()> {
+    if len.contains(&0) {
+        return Ok(());
+    }
+    let mut order: Vec<usize> = (0..len.len()).filter(|d| len[*d] > 1).collect();
+    order.sort_by_key(|d| std::cmp::Reverse(view.strides[*d]));
+    if order.is_sorted() {
+        return load_ordered(rows, view, len, &order, out);
+    }
+    let mut bytes = vec![0u8; out.len()];
+    load_ordered(rows, view, len, &order, &mut bytes)?;
+    transpose(&bytes, len, &order, view.dtype.size() as usize, out);
+    Ok(())
+}
+
+/// Reads a box whose dimensions of more than one index are `order`, outermost first.
+fn load_ordered(
+    rows: &dyn Rows,
+    view: &View,
+    len: &[u64],
+    order: &[usize],
+    out: &mut [u8],
+) -> Fallible<()> {
+    let size = view.dtype.size();
+    // Dimensions that lie back to back are one: (length, stride) from the inside out.
+    let mut dims: Vec<(u64, u64)> = vec![(1, 1)];
+    for d in order.iter().rev() {
+        let (n, stride) = (len[*d], view.strides[*d]);
+        let last = dims.len() - 1;
+        if stride == dims[last].0 * dims[last].1 {
+            dims[last].0 *= n;
+        } else {
+            dims.push((n, stride));
+        }
+    }
+    let row_bytes = dims[0].0 * size;
+    let (count, stride) = dims.get(1).map_or((1, 0), |d| (d.0, d.1 * size));
+    let outer = dims.get(2..).unwrap_or(&[]);
+    let block = (row_bytes * count) as usize;
+    for (i, part) in out.chunks_exact_mut(block).enumerate() {
+        let mut left = i as u64;
+        let mut start = view.start;
+        for (n, stride) in outer {
+            start += left % n * stride;
+            left /= n;
+        }
+        let strided = Strided { offset: start * size, row_bytes, stride, rows: count };
+        rows.read(view.storage, strided, part)?;
+    }
+    Ok(())
+}
+
+/// From storage order to the box's own order.
+fn transpose(bytes: &[u8], len: &[u64], order: &[usize], size: usize, out: &mut [u8]) {
+    let own = row_major(len);
+    let dims: Vec<(usize, usize)> =
+        order.iter().map(|d| (len[*d] as usize, own[*d] as usize)).collect();
+    let mut index = vec![0usize; dims.len()];
+    let mut at = 0;
+    for element in bytes.chunks_exact(size) {
+        out[at * size..(at + 1) * size].copy_from_slice(element);
+        for d in (0..dims.len()).rev() {
+            index[d] += 1;
+            at += dims[d].1;
+            if index[d] < dims[d].0 {
+                break;
+            }
+            at -= dims[d].0 * dims[d].1;
+            index[d] = 0;
+        }
+    }
+}

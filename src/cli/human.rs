@@ -1,0 +1,66 @@
+//! Numbers as a person reads them.
+
+/// Bytes with three digits and a binary unit: `1.62 GiB`.
+pub(super) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut units = UNITS.iter();
+    let mut unit = units.next();
+    // From here on the value would be printed as 1024.
+    while value >= 1023.5
+        && let Some(next) = units.next()
+    {
+        value /= 1024.0;
+        unit = Some(next);
+    }
+    let decimals = match value {
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$} {}", unit.unwrap_or(&"B"))
+}
+
+/// A count with a comma at each thousand: `60,123`.
+pub(super) fn count(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// `1 rank`, `8 ranks`.
+pub(super) fn counted(n: u64, word: &str) -> String {
+    format!("{} {word}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_digits() {
+        let shown = [0, 1023, 1024, 10_235, 10_240, 1_048_063, 1_048_064, u64::MAX].map(bytes);
+        assert_eq!(
+            shown,
+            [
+                "0 B", "1023 B", "1.00 KiB", "10.0 KiB", "10.0 KiB", "1023 KiB", "1.00 MiB",
+                "16.0 EiB"
+            ]
+        );
+    }
+
+    #[test]
+    fn thousands() {
+        assert_eq!([0, 999, 1000, 1234567].map(count), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([1, 1000].map(|n| counted(n, "rank")), ["1 rank", "1,000 ranks"]);
+    }
+}

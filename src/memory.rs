@@ -1,0 +1,284 @@
+//! An update between slices that the caller owns: no files. For embedding the engine.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use crate::backend::cpu::{self, Options, Report, Rows, Sink, Strided, derive};
+use crate::compile::Compiled;
+use crate::diag::Diagnostic;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::graph::{Bounds, build, check};
+use crate::ir::show_shape;
+use crate::lower::{Part, RankProgram, TargetKind};
+use crate::script::{Catalog, CatalogEntry};
+use crate::shard::Storage;
+use crate::topo::RankId;
+
+/// A trainer tensor in memory: little-endian, row-major.
+#[derive(Clone, Debug)]
+pub struct SourceTensor<'a> {
+    pub dtype: DType,
+    pub shape: Vec<u64>,
+    pub bytes: &'a [u8],
+}
+
+/// The trainer's tensors by name.
+#[derive(Clone, Debug, Default)]
+pub struct Sources<'a> {
+    tensors: BTreeMap<String, SourceTensor<'a>>,
+}
+
+impl<'a> Sources<'a> {
+    /// Adds a tensor.
+    ///
+    /// # Errors
+    /// E0402 if the bytes are not those of the shape and type.
+    pub fn add(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        shape: &[u64],
+        bytes: &'a [u8],
+    ) -> Result<()> {
+        let wanted = shape.iter().try_fold(dtype.size(), |a, n| a.checked_mul(*n));
+        if wanted != Some(bytes.len() as u64) {
+            let d = Diagnostic::error(
+                "E0402",
+                format!("{name}: {} bytes are not {dtype} {}", bytes.len(), show_shape(shape)),
+            );
+            return Err(d.into());
+        }
+        let tensor = SourceTensor { dtype, shape: shape.to_vec(), bytes };
+        self.tensors.insert(name.to_owned(), tensor);
+        Ok(())
+    }
+
+    /// What the compiler sees of the tensors.
+    pub fn catalog(&self) -> Box<dyn Catalog> {
+        let entries = self.tensors.iter().map(|(name, t)| {
+            let entry = CatalogEntry {
+                dtype: Some(t.dtype),
+                dtype_name: t.dtype.safetensors_name().to_owned(),
+                shape: t.shape.as_slice().into(),
+            };
+            (name.clone(), entry)
+        });
+        Box::new(Entries(entries.collect()))
+    }
+}
+
+struct Entries(BTreeMap<String, CatalogEntry>);
+
+impl Catalog for Entries {
+    fn find(&self, name: &str) -> Option<CatalogEntry> {
+        self.0.get(name).cloned()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+}
+
+/// The parameters of inference ranks, as slices of the caller: row-major, exactly as large as
+/// the storage. Scales are bound under their own names.
+#[derive(Default)]
+pub struct Targets<'a> {
+    slices: BTreeMap<(RankId, String), Mutex<&'a mut [u8]>>,
+}
+
+impl<'a> Targets<'a> {
+    pub fn bind(&mut self, rank: RankId, name: &str, bytes: &'a mut [u8]) {
+        self.slices.insert((rank, name.to_owned()), Mutex::new(bytes));
+    }
+}
+
+/// Runs one update of a compiled plan from slices into slices.
+///
+/// # Errors
+/// E0407, E0408 and E0409 if the targets do not match what the plan writes, all together and
+/// before anything is written; E0602 for non-finite weights (with `FiniteCheck::During` the
+/// targets are then part old, part new); see [`cpu::run`].
+pub fn update(
+    compiled: &Compiled,
+    sources: &Sources<'_>,
+    targets: &mut Targets<'_>,
+    staging: u64,
+    options: &Options<'_>,
+) -> Result<Report> {
+    let program = &compiled.program;
+    let graph = build(program, Bounds::with_staging(staging));
+    check(program, &graph)?;
+    let rows = MemoryRows::bind(compiled, sources)?;
+    match_targets(compiled, targets)?;
+    let sinks: Vec<RankSink<'_, '_>> =
+        program.ranks.iter().map(|rank| RankSink { rank, targets }).collect();
+    let bound: Vec<&dyn Sink> = sinks.iter().map(|s| s as &dyn Sink).collect();
+    let report = cpu::run(program, &graph, &rows, &bound, options)?;
+    for sink in &sinks {
+        for target in sink.rank.targets.iter().filter(|t| t.kind == TargetKind::Derived) {
+            let s = &target.storages[0];
+            let mut bytes = vec![0; s.bytes() as usize];
+            derive(sink, &target.derived, &s.shape, s.dtype, &mut bytes)?;
+            sink.put(&s.name, 0, &bytes)?;
+        }
+    }
+    Ok(report)
+}
+
+struct MemoryRows<'a> {
+    tensors: Vec<&'a [u8]>,
+}
+
+impl<'a> MemoryRows<'a> {
+    fn bind(compiled: &Compiled, sources: &Sources<'a>) -> Result<Self> {
+        let mut tensors = Vec::new();
+        let mut problems = Vec::new();
+        for s in &compiled.program.sources {
+            match sources.tensors.get(&s.name) {
+                Some(t) if t.dtype == s.dtype && t.shape[..] == s.shape[..] => {
+                    tensors.push(t.bytes);
+                }
+                _ => problems.push(
+                    Diagnostic::error(
+                        "E0401",
+                        format!(
+                            "{} {} {} is not among the sources",
+                            s.name,
+                            s.dtype,
+                            show_shape(&s.shape)
+                        ),
+                    )
+                    .about(&s.name),
+                ),
+            }
+        }
+        if problems.is_empty() {
+            Ok(MemoryRows { tensors })
+        } else {
+            Err(Error::refused(problems))
+        }
+    }
+}
+
+impl Rows for MemoryRows<'_> {
+    fn read(
+        &self,
+        storage: Storage,
+        rows: Strided,
+        buf: &mut [u8],
+    ) -> std::result::Result<(), Diagnostic> {
+        let Storage::Source(id) = storage else {
+            return Err(Diagnostic::error(
+                "E0502",
+                "a source box points at a landed parameter",
+            ));
+        };
+        copy_rows(self.tensors[id as usize], rows, buf);
+        Ok(())
+    }
+}
+
+fn copy_rows(from: &[u8], rows: Strided, buf: &mut [u8]) {
+    let row = rows.row_bytes as usize;
+    for (i, out) in buf.chunks_exact_mut(row.max(1)).enumerate() {
+        let at = (rows.offset + i as u64 * rows.stride) as usize;
+        out.copy_from_slice(&from[at..at + row]);
+    }
+}
+
+/// One rank's slices, as a place to write to and, for derived parameters, to read from.
+struct RankSink<'a, 'b> {
+    rank: &'a RankProgram,
+    targets: &'a Targets<'b>,
+}
+
+impl RankSink<'_, '_> {
+    fn put(
+        &self,
+        name: &str,
+        offset: u64,
+        bytes: &[u8],
+    ) -> std::result::Result<(), Diagnostic> {
+        let key = (self.rank.rank, name.to_owned());
+        let Some(slice) = self.targets.slices.get(&key) else {
+            return Err(Diagnostic::error("E0502", format!("{name} is not bound")));
+        };
+        let mut slice = slice.lock().unwrap_or_else(|e| e.into_inner());
+        let at = offset as usize;
+        slice[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+impl Sink for RankSink<'_, '_> {
+    fn write(
+        &self,
+        target: usize,
+        part: Part,
+        offset: u64,
+        bytes: &[u8],
+    ) -> std::result::Result<(), Diagnostic> {
+        let storages = &self.rank.targets[target].storages;
+        match storages.iter().find(|s| s.part == part) {
+            Some(s) => self.put(&s.name, offset, bytes),
+            None => Err(Diagnostic::error("E0502", "a target has no such storage")),
+        }
+    }
+}
+
+impl Rows for RankSink<'_, '_> {
+    fn read(
+        &self,
+        storage: Storage,
+        rows: Strided,
+        buf: &mut [u8],
+    ) -> std::result::Result<(), Diagnostic> {
+        let (target, part) = match storage {
+            Storage::Landed(id) => (id, Part::Values),
+            Storage::LandedScale(id) => (id, Part::Scales),
+            Storage::Source(_) => {
+                return Err(Diagnostic::error("E0502", "a derived parameter reads a source"));
+            }
+        };
+        let storages = &self.rank.targets[target as usize].storages;
+        let name = storages.iter().find(|s| s.part == part).map_or("", |s| s.name.as_str());
+        match self.targets.slices.get(&(self.rank.rank, name.to_owned())) {
+            Some(slice) => {
+                copy_rows(&slice.lock().unwrap_or_else(|e| e.into_inner()), rows, buf);
+                Ok(())
+            }
+            None => Err(Diagnostic::error("E0502", format!("{name} is not bound"))),
+        }
+    }
+}
+
+/// Every storage that the plan writes is bound at its size, and nothing else is bound.
+fn match_targets(compiled: &Compiled, targets: &Targets<'_>) -> Result<()> {
+    let mut problems = Vec::new();
+    let mut open: std::collections::BTreeSet<_> = targets.slices.keys().cloned().collect();
+    for rank in &compiled.program.ranks {
+        let written = rank.targets.iter().filter(|t| t.kind != TargetKind::Alias);
+        for s in written.flat_map(|t| &t.storages) {
+            let key = (rank.rank, s.name.clone());
+            open.remove(&key);
+            let have = targets.slices.get(&key);
+            let have = have.map(|b| b.lock().unwrap_or_else(|e| e.into_inner()).len() as u64);
+            let what = match have {
+                None => ("E0408", "is not bound".to_owned()),
+                Some(n) if n != s.bytes() => (
+                    "E0409",
+                    format!("has {n} bytes, {} needs {}", show_shape(&s.shape), s.bytes()),
+                ),
+                Some(_) => continue,
+            };
+            let message = format!("{} of rank {} {}", s.name, rank.rank, what.1);
+            problems.push(Diagnostic::error(what.0, message).about(&s.name));
+        }
+    }
+    for (rank, name) in open {
+        let message = format!("{name} of rank {rank} is bound, but the plan does not write it");
+        problems.push(Diagnostic::error("E0407", message).about(name));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::refused(problems)) }
+}
