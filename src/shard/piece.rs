@@ -6,7 +6,7 @@ use crate::dtype::DType;
 use crate::fp8::Recipe;
 use crate::ir::Dims;
 
-use super::boxes::{Window, through_reshape};
+use super::boxes::{Window, gcd, through_reshape};
 
 /// Memory that a view points into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -136,6 +136,15 @@ impl Expr {
                     made.input.iter().for_each(|p| p.expr.views(f));
                 }
             },
+        }
+    }
+
+    fn has_tiles(&self) -> bool {
+        match self {
+            Expr::Load(_) | Expr::Fill { .. } => false,
+            Expr::Cast { value, .. } | Expr::Scale { value, .. } => value.has_tiles(),
+            Expr::Add { left, right } => left.has_tiles() || right.has_tiles(),
+            Expr::Tiles(_) | Expr::Dequantize { .. } => true,
         }
     }
 
@@ -407,7 +416,7 @@ pub(super) fn reshape_pieces(
     Some(out)
 }
 
-/// One box of known order; split along its first dimension until a strided box can say it.
+/// One box of known order; split where no strided box can say it.
 fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Option<()> {
     if let Some(expr) = expr.reshape(len, &to.len) {
         out.push(Piece { at: to, expr });
@@ -416,10 +425,13 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
     if matches!(expr, Expr::Tiles(_)) {
         return None;
     }
-    let dim = len.iter().position(|n| *n > 1)?;
+    let (dim, step) = match expr.has_tiles() {
+        true => tile_step(len, &to.len)?,
+        false => (len.iter().position(|n| *n > 1)?, 1),
+    };
     let mut slab: Dims = len.into();
-    slab[dim] = 1;
-    for i in 0..len[dim] {
+    slab[dim] = step;
+    for i in (0..len[dim]).step_by(step as usize) {
         let mut off: Dims = smallvec![0; len.len()];
         off[dim] = i;
         let part = Window { lo: off.clone(), len: slab.clone() };
@@ -433,4 +445,21 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
         }
     }
     Some(())
+}
+
+/// Where to split a box so that its parts keep their matrices in another shape: at the columns
+/// and rows that both shapes have, else one index at a time.
+///
+/// `[3584, 512] → [8, 448, 512]`: 448 rows at a time.
+fn tile_step(len: &[u64], to: &[u64]) -> Option<(usize, u64)> {
+    let ([.., r0, c0], [.., r1, c1]) = (len, to) else { return None };
+    let last = len.len() - 1;
+    let (rows, cols) = (gcd(*r0, *r1), gcd(*c0, *c1));
+    if cols < *c0 {
+        return Some((last, cols));
+    }
+    if c0 == c1 && rows < *r0 {
+        return Some((last - 1, rows));
+    }
+    len[..last].iter().position(|n| *n > 1).map(|dim| (dim, 1))
 }

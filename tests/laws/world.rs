@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kernelcast::backend::reference::SourceBytes;
-use kernelcast::compile::{CompileError, CompileInputs, Compiled, ModelInput, compile};
+use kernelcast::compile::{CompileInputs, Compiled, ModelInput, compile};
 use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
 use kernelcast::error::{Error, Result};
@@ -30,12 +30,7 @@ pub enum Values {
 impl World {
     pub fn random(tensors: &[SourceTensor], seed: u64, values: Values) -> World {
         let mut state = seed | 1;
-        let mut word = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32
-        };
+        let mut word = || next(&mut state);
         let mut world = World::default();
         for t in tensors {
             let count = t.shape.iter().product::<u64>();
@@ -49,9 +44,22 @@ impl World {
         world
     }
 
+    /// Random words of a seed.
+    pub fn noise(seed: u64, count: usize) -> Vec<u32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..count).map(|_| next(&mut state)).collect()
+    }
+
     pub fn insert(&mut self, name: &str, dtype: DType, shape: &[u64], bytes: Vec<u8>) {
         self.tensors.insert(name.to_owned(), (dtype, shape.to_vec(), Arc::new(bytes)));
     }
+}
+
+fn next(state: &mut u64) -> u32 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32
 }
 
 /// A weight of ordinary size, or in one of some hundred cases anything at all.
@@ -114,7 +122,7 @@ impl Catalog for World {
 pub fn compile_case(
     case: &Case,
     world: &World,
-) -> std::result::Result<Compiled, Box<CompileError>> {
+) -> std::result::Result<Compiled, Vec<Diagnostic>> {
     let config = serde_json::json!({
         "quantization_config": {"weight_block_size": [case.block, case.block]}
     });
@@ -132,5 +140,5 @@ pub fn compile_case(
         experts: case.experts.clone(),
         limits: Limits::default(),
     })
-    .map_err(Box::new)
+    .map_err(|e| e.error.diagnostics)
 }
