@@ -108,7 +108,7 @@ fn diagnostics_are_json_lines_when_asked() {
     let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
     assert_eq!(
         (first["code"].as_str(), first["severity"].as_str()),
-        (Some("E0301"), Some("error"))
+        (Some("E0302"), Some("error"))
     );
     assert!(first["line"].as_u64().unwrap() > 1);
 }

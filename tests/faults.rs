@@ -18,13 +18,13 @@ use kernelcast::script::{Limits, NoModules};
 use kernelcast::shard::Storage;
 use kernelcast::topo::{InferMesh, TrainMesh};
 
-/// A matrix of 1024 x 1024, cut over two ranks and quantized.
+/// A matrix of 4096 x 1024, cut over two ranks and quantized.
 fn compiled(bytes: &[u8]) -> Compiled {
     let mut sources = Sources::default();
-    sources.add("w", DType::Bf16, &[1024, 1024], bytes).unwrap();
+    sources.add("w", DType::Bf16, &[4096, 1024], bytes).unwrap();
     let compiled = compile(CompileInputs {
         name: "plan",
-        text: r#"at("")["w"] = at("").src("w", [1024, 1024]).shard(0, tp).quantize(fp8::vllm);"#,
+        text: r#"at("")["w"] = at("").src("w", [4096, 1024]).shard(0, tp).quantize(fp8::vllm);"#,
         modules: Rc::new(NoModules),
         model: Some(ModelInput {
             config: serde_json::json!({}),
@@ -42,7 +42,7 @@ fn compiled(bytes: &[u8]) -> Compiled {
 }
 
 fn ones() -> Vec<u8> {
-    0x3F80u16.to_le_bytes().repeat(1024 * 1024)
+    0x3F80u16.to_le_bytes().repeat(4096 * 1024)
 }
 
 fn graph(compiled: &Compiled) -> Graph {
@@ -113,7 +113,7 @@ fn update(
     Ok(ranks.map(|r| *r.written.lock().unwrap()))
 }
 
-const RANK_BYTES: u64 = 512 * 1024 + 4 * 8 * 4;
+const RANK_BYTES: u64 = 2048 * 1024 + 16 * 8 * 4;
 
 #[test]
 fn an_update_reaches_both_ranks() {
