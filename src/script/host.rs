@@ -16,7 +16,8 @@ use crate::fp8::{Recipe, RecipeKind, ScaleFormat};
 use crate::ir::{Dims, Op, Pattern, Rule, ScaleName};
 use crate::topo::{Axis, InferMesh};
 
-use super::state::{State, Trapped};
+use super::limits::Stop;
+use super::state::State;
 use super::values::{AxisValue, Block, Config, DTypeValue, Facts, RecipeValue, Tensor};
 
 pub(super) type Shared = Rc<RefCell<State>>;
@@ -77,10 +78,10 @@ fn refuse<T>(
     raise(Diagnostic::error(code, message).at(at), ctx)
 }
 
-/// The trap travels as an error of the script: only those gather the calls that led to it.
-fn trapped<T>(result: Result<T, Trapped>, ctx: &NativeCallContext) -> Fallible<T> {
-    result.map_err(|t| {
-        Box::new(EvalAltResult::ErrorRuntime(Dynamic::from(t), ctx.call_position()))
+/// Ends the script for a reason of ours: as an error that collects the calls around it.
+fn trapped<T>(result: Result<T, Stop>, ctx: &NativeCallContext) -> Fallible<T> {
+    result.map_err(|stop| {
+        Box::new(EvalAltResult::ErrorRuntime(Dynamic::from(stop), ctx.call_position()))
     })
 }
 
@@ -97,6 +98,7 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
     engine.register_type_with_name::<AxisValue>("axis");
     engine.register_type_with_name::<RecipeValue>("recipe");
     engine.register_type_with_name::<DTypeValue>("dtype");
+    engine.register_type_with_name::<Raised>("error");
     names(engine, state);
     blocks(engine, state);
     moves(engine, state);
@@ -230,13 +232,9 @@ fn dims(s: &Shared, ctx: &NativeCallContext, shape: &Array) -> Fallible<Dims> {
             Ok(n) => {
                 return refuse(s, ctx, "E0209", format!("a size of {n} in {shape:?}"));
             }
-            Err(kind) => {
-                return refuse(
-                    s,
-                    ctx,
-                    "E0110",
-                    format!("a shape is whole numbers, not {kind}"),
-                );
+            Err(_) => {
+                let why = format!("a shape is whole numbers, {size} is a {}", kind(ctx, size));
+                return refuse(s, ctx, "E0110", why);
             }
         }
     }
@@ -258,6 +256,11 @@ fn moves(engine: &mut Engine, state: &Shared) {
     });
     let s = Rc::clone(state);
     engine.register_fn("stack", move |ctx: NativeCallContext, r: Range<i64>, f: FnPtr| {
+        let most = s.borrow().limits.array_items;
+        if r.end.saturating_sub(r.start) > most as i64 {
+            let why = format!("the plan hit the limit of {most} items in one stack");
+            return refuse(&s, &ctx, "E0105", why);
+        }
         let parts: Fallible<Vec<Tensor>> =
             r.map(|i| f.call_within_context(&ctx, (i,))).collect();
         push(&s, &ctx, Op::Stack, &parts?)
@@ -333,10 +336,15 @@ fn slice(
     }
 }
 
+/// What a value is, in a plan's words.
+fn kind(ctx: &NativeCallContext, value: &Dynamic) -> String {
+    super::errors::types(ctx.engine().map_type_name(value.type_name()))
+}
+
 fn tensors(s: &Shared, ctx: &NativeCallContext, list: Array) -> Fallible<Vec<Tensor>> {
     list.into_iter()
         .map(|item| {
-            let kind = item.type_name();
+            let kind = kind(ctx, &item);
             match item.try_cast::<Tensor>() {
                 Some(t) => Ok(t),
                 None => refuse(s, ctx, "E0110", format!("a list of tensors holds a {kind}")),
@@ -349,8 +357,9 @@ fn ints(s: &Shared, ctx: &NativeCallContext, list: Array) -> Fallible<Vec<i64>> 
     list.iter()
         .map(|item| match item.as_int() {
             Ok(n) => Ok(n),
-            Err(kind) => {
-                refuse(s, ctx, "E0110", format!("expected whole numbers, found {kind}"))
+            Err(_) => {
+                let why = format!("expected whole numbers, {item} is a {}", kind(ctx, item));
+                refuse(s, ctx, "E0110", why)
             }
         })
         .collect()
@@ -654,6 +663,7 @@ fn rule(
         Err(why) => return refuse(s, ctx, "E0110", why),
     };
     let mut state = s.borrow_mut();
+    trapped(state.event(), ctx)?;
     let span = span_of(&state, ctx);
     let rule = Rule { pattern, optional, span };
     match word {
@@ -705,7 +715,7 @@ fn restart_if(
         return Ok(());
     }
     state.restart = true;
-    trapped(Err(Trapped), ctx)
+    trapped(Err(Stop::Trap), ctx)
 }
 
 /// Layers split L / pp each; the remainder goes one each to the stages from the second-last
