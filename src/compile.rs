@@ -380,13 +380,10 @@ impl<'a> Lowering<'a> {
     fn no_lowering(&mut self, stage: usize, param: &Param) {
         let d = Diagnostic::error(
             "E0501",
-            format!(
-                "{}: a reshape of quantized tiles that no strided boxes can say",
-                param.name
-            ),
+            format!("{}: a reshape or permute takes elements out of their tiles", param.name),
         )
         .at(param.span)
-        .hint("reshape before .quantize, or .dequantize first")
+        .hint("reshape and permute before .quantize")
         .about(&param.name);
         self.problems.push(Late { stage, event: param.event, diagnostic: d });
     }
@@ -489,13 +486,21 @@ impl<'a> Lowering<'a> {
     /// A given expert map must name layers of the plan, and give each slot an expert and each
     /// expert a slot.
     fn check_expert_map(&mut self) {
+        if self.inputs.experts.is_empty() {
+            return;
+        }
+        let mesh = &self.front.mesh;
+        let first = |stage: usize| mesh.coords(RankId(stage as u64 * mesh.tp));
+        let types: Vec<Vec<Option<Type>>> = (self.front.stages.iter().enumerate())
+            .map(|(stage, plan)| infer_all(plan, &Place::of(mesh, first(stage))).0)
+            .collect();
         for (layer, map) in &self.inputs.experts {
             let mut found = false;
             for stage in 0..self.front.stages.len() {
                 let plan = &self.front.stages[stage];
                 let prefix = format!("{layer}.");
                 for param in plan.params.iter().filter(|p| p.name.starts_with(&prefix)) {
-                    for count in expert_counts(plan, param.node) {
+                    for count in expert_counts(plan, &types[stage], param.node) {
                         found = true;
                         if let Some(why) = self.bad_map(map, count) {
                             let d = Diagnostic::error(
@@ -538,8 +543,8 @@ impl<'a> Lowering<'a> {
     }
 }
 
-/// Sizes of dimension 0 of every `.experts` under a node.
-fn expert_counts(plan: &Plan, node: NodeId) -> BTreeSet<u64> {
+/// Sizes of dimension 0 before every `.experts` under a node.
+fn expert_counts(plan: &Plan, types: &[Option<Type>], node: NodeId) -> BTreeSet<u64> {
     let mut out = BTreeSet::new();
     let mut queue = vec![node];
     let mut seen = BTreeSet::new();
@@ -549,22 +554,12 @@ fn expert_counts(plan: &Plan, node: NodeId) -> BTreeSet<u64> {
         }
         let n = plan.node(id);
         if matches!(n.op, crate::ir::Op::Experts { .. }) {
-            out.extend(leading_size(plan, n.inputs[0]));
-            continue;
+            let input = types[n.inputs[0].0 as usize].as_ref();
+            out.extend(input.and_then(|t| t.shape.first()));
         }
         queue.extend(&n.inputs);
     }
     out
-}
-
-/// Size of dimension 0 before any cut by experts.
-fn leading_size(plan: &Plan, node: NodeId) -> Option<u64> {
-    let n = plan.node(node);
-    match &n.op {
-        crate::ir::Op::Source(s) => plan.source(*s).shape.first().copied(),
-        crate::ir::Op::Stack => Some(n.inputs.len() as u64),
-        _ => n.inputs.first().and_then(|i| leading_size(plan, *i)),
-    }
 }
 
 /// Kind and strides of a derived parameter: a view of the parameter's memory where no value

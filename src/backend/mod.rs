@@ -1,3 +1,4 @@
 //! Backends run a graph; `reference` is the oracle that they are held against.
 
 pub mod cpu;
+pub mod reference;

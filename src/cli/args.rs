@@ -20,6 +20,8 @@ pub enum Command {
     Run(RunArgs),
     /// Compare the plan with what a receiver holds
     Check(CheckArgs),
+    /// Recompute a run's output with the reference interpreter and compare every byte
+    Verify(VerifyArgs),
     /// Say what a diagnostic code means
     Explain {
         /// A code such as E0304
@@ -33,6 +35,7 @@ impl Command {
         match self {
             Command::DryRun(a) => a.format == TableFormat::Json,
             Command::Check(a) => a.format == ReportFormat::Json,
+            Command::Verify(a) => a.format == ReportFormat::Json,
             Command::Run(_) | Command::Explain { .. } => false,
         }
     }
@@ -109,6 +112,18 @@ pub struct CheckArgs {
     /// Receiver manifests: the parameters, buffers and aliases of a rank, as JSON
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     pub manifest: Vec<PathBuf>,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct VerifyArgs {
+    /// The output folder of a run; its manifest.json names the inputs
+    #[arg(value_name = "OUT_DIR")]
+    pub out: PathBuf,
+    /// The checkpoint, where it is no longer at the place that the manifest names
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
     #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
     pub format: ReportFormat,
 }

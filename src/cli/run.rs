@@ -56,6 +56,10 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     let summary = done.map_err(fail)?;
     report(&summary.notes, compiled.files(), false);
     print(&sentence(&summary));
+    if args.verify {
+        let found = crate::verify::verify_output(&out, None)?;
+        print(&format!("verified {} tensors with the oracle\n", found.tensors));
+    }
     Ok(())
 }
 

@@ -91,7 +91,9 @@ pub fn infer(
             let ranks = place.size(*axis);
             let (rows, _) = head_rows(t, *heads, ranks, axis.name())?;
             let what = format!("{axis} = {ranks} over {heads} heads");
-            cut_label(&what, dim_of(t, 0)?, rows, on_grid(t, 0, rows, ranks))?;
+            // Fewer heads than ranks make fewer cuts: one head, repeated, makes none.
+            let parts = ranks.min(*heads);
+            cut_label(&what, dim_of(t, 0)?, rows, on_grid(t, 0, rows, parts))?;
             Ok(resized(t, 0, rows))
         }
         Op::Experts { axis } => experts(first()?, place, *axis),

@@ -188,6 +188,6 @@ fn prefix_box(shape: &[u64], start: u64, count: u64) -> Window {
     Window { lo, len }
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
+pub(super) fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -6,7 +6,7 @@ use crate::dtype::DType;
 use crate::fp8::Recipe;
 use crate::ir::Dims;
 
-use super::boxes::{Window, through_reshape};
+use super::boxes::{Window, gcd, through_reshape};
 
 /// Memory that a view points into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -139,6 +139,15 @@ impl Expr {
         }
     }
 
+    fn has_tiles(&self) -> bool {
+        match self {
+            Expr::Load(_) | Expr::Fill { .. } => false,
+            Expr::Cast { value, .. } | Expr::Scale { value, .. } => value.has_tiles(),
+            Expr::Add { left, right } => left.has_tiles() || right.has_tiles(),
+            Expr::Tiles(_) | Expr::Dequantize { .. } => true,
+        }
+    }
+
     /// The expression of a part: `off` and `len` inside the box.
     pub fn crop(&self, off: &[u64], len: &[u64]) -> Expr {
         match self {
@@ -161,26 +170,26 @@ impl Expr {
         }
     }
 
-    /// The expression with its dimensions reordered.
-    pub(super) fn permute(&self, dims: &[usize]) -> Expr {
-        match self {
+    /// The expression with its dimensions reordered; none where a tile would not stay one.
+    fn permute(&self, dims: &[usize]) -> Option<Expr> {
+        Some(match self {
             Expr::Load(view) => Expr::Load(view.permute(dims)),
             Expr::Fill { .. } => self.clone(),
             Expr::Cast { dtype, value } => {
-                Expr::Cast { dtype: *dtype, value: Box::new(value.permute(dims)) }
+                Expr::Cast { dtype: *dtype, value: Box::new(value.permute(dims)?) }
             }
             Expr::Scale { factor, value } => {
-                Expr::Scale { factor: *factor, value: Box::new(value.permute(dims)) }
+                Expr::Scale { factor: *factor, value: Box::new(value.permute(dims)?) }
             }
             Expr::Add { left, right } => Expr::Add {
-                left: Box::new(left.permute(dims)),
-                right: Box::new(right.permute(dims)),
+                left: Box::new(left.permute(dims)?),
+                right: Box::new(right.permute(dims)?),
             },
-            Expr::Tiles(tiles) => Expr::Tiles(Box::new(tiles.permute(dims))),
+            Expr::Tiles(tiles) => Expr::Tiles(Box::new(tiles.permute(dims)?)),
             Expr::Dequantize { dtype, tiles } => {
-                Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.permute(dims)) }
+                Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.permute(dims)?) }
             }
-        }
+        })
     }
 
     /// The expression over the same elements in another shape, where one strided box can say it.
@@ -291,8 +300,12 @@ impl Tiles {
         Tiles { from, refined: self.refined, phase: first.map(|f| f % block) }
     }
 
-    fn permute(&self, dims: &[usize]) -> Tiles {
+    /// Only leading dimensions, and the two of the matrix, may change places among themselves.
+    fn permute(&self, dims: &[usize]) -> Option<Tiles> {
         let m = dims.len() - 2;
+        if dims[m..].iter().any(|d| *d < m) {
+            return None;
+        }
         let swapped = dims[m] > dims[m + 1];
         let phase = if swapped { [self.phase[1], self.phase[0]] } else { self.phase };
         let from = match &self.from {
@@ -306,24 +319,25 @@ impl Tiles {
             TilesFrom::Made(made) => TilesFrom::Made(Made {
                 recipe: made.recipe,
                 extent: dims.iter().map(|d| made.extent[*d]).collect(),
-                input: permute_pieces(&made.input, dims),
+                input: permute_pieces(&made.input, dims)?,
             }),
         };
-        Tiles { from, refined: self.refined, phase }
+        Some(Tiles { from, refined: self.refined, phase })
     }
 
     /// Splits or joins rows on the tile grid, or the dimensions before rows and columns; anything
     /// else has no single box.
     fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Tiles> {
-        if old.len() < 2 || new.len() < 2 {
-            return None;
-        }
-        let (leading, matrix) = old.split_at(old.len() - 2);
-        let same_matrix = new.ends_with(matrix);
-        if self.phase != [0, 0] && !same_matrix {
-            return None;
-        }
+        let ([leading @ .., r0, c0], [.., r1, c1]) = (old, new) else { return None };
+        let matrix = [*r0, *c0];
         let block = self.block();
+        let same_matrix = (r0, c0) == (r1, c1);
+        let rows_on_grid = c0 == c1
+            && r0.max(r1).is_multiple_of(*r0.min(r1))
+            && r0.min(r1).is_multiple_of(block);
+        if !same_matrix && (self.phase != [0, 0] || !rows_on_grid) {
+            return None;
+        }
         let grid = |shape: &[u64]| -> Dims {
             let m = shape.len() - 2;
             let tiles = (0..2).map(|k| (self.phase[k] + shape[m + k]).div_ceil(block));
@@ -369,13 +383,14 @@ pub(crate) fn crop_pieces(pieces: &[Piece], window: &Window) -> Vec<Piece> {
     out
 }
 
-pub(super) fn permute_pieces(pieces: &[Piece], dims: &[usize]) -> Vec<Piece> {
+/// The pieces of a tensor with its dimensions reordered; none where tiles cannot follow.
+pub(super) fn permute_pieces(pieces: &[Piece], dims: &[usize]) -> Option<Vec<Piece>> {
     let pick = |v: &Dims| -> Dims { dims.iter().map(|d| v[*d]).collect() };
     pieces
         .iter()
-        .map(|p| Piece {
-            at: Window { lo: pick(&p.at.lo), len: pick(&p.at.len) },
-            expr: p.expr.permute(dims),
+        .map(|p| {
+            let at = Window { lo: pick(&p.at.lo), len: pick(&p.at.len) };
+            Some(Piece { at, expr: p.expr.permute(dims)? })
         })
         .collect()
 }
@@ -401,7 +416,7 @@ pub(super) fn reshape_pieces(
     Some(out)
 }
 
-/// One box of known order; split along its first dimension until a strided box can say it.
+/// One box of known order; split where no strided box can say it.
 fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Option<()> {
     if let Some(expr) = expr.reshape(len, &to.len) {
         out.push(Piece { at: to, expr });
@@ -410,10 +425,13 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
     if matches!(expr, Expr::Tiles(_)) {
         return None;
     }
-    let dim = len.iter().position(|n| *n > 1)?;
+    let (dim, step) = match expr.has_tiles() {
+        true => tile_step(len, &to.len)?,
+        false => (len.iter().position(|n| *n > 1)?, 1),
+    };
     let mut slab: Dims = len.into();
-    slab[dim] = 1;
-    for i in 0..len[dim] {
+    slab[dim] = step;
+    for i in (0..len[dim]).step_by(step as usize) {
         let mut off: Dims = smallvec![0; len.len()];
         off[dim] = i;
         let part = Window { lo: off.clone(), len: slab.clone() };
@@ -427,4 +445,21 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
         }
     }
     Some(())
+}
+
+/// Where to split a box so that its parts keep their matrices in another shape: at the columns
+/// and rows that both shapes have, else one index at a time.
+///
+/// `[3584, 512] → [8, 448, 512]`: 448 rows at a time.
+fn tile_step(len: &[u64], to: &[u64]) -> Option<(usize, u64)> {
+    let ([.., r0, c0], [.., r1, c1]) = (len, to) else { return None };
+    let last = len.len() - 1;
+    let (rows, cols) = (gcd(*r0, *r1), gcd(*c0, *c1));
+    if cols < *c0 {
+        return Some((last, cols));
+    }
+    if c0 == c1 && rows < *r0 {
+        return Some((last - 1, rows));
+    }
+    len[..last].iter().position(|n| *n > 1).map(|dim| (dim, 1))
 }

@@ -47,7 +47,7 @@ impl Resolver<'_> {
     /// The pieces of a whole parameter, in order of its dimensions.
     ///
     /// # Errors
-    /// The node whose reshape cannot be said with strided boxes of tiles.
+    /// The node that moves elements out of their tiles, which no strided boxes can say.
     pub fn param(&self, name: &str, node: NodeId, derived: bool) -> Pieces {
         let Some(t) = &self.types[node.0 as usize] else { return Err(NoBoxes(node)) };
         let walk = Walk { map: self.map_of(name), derived };
@@ -61,7 +61,7 @@ impl Resolver<'_> {
     /// The expert map of the layer that a parameter lies in.
     fn map_of(&self, name: &str) -> Option<&[u64]> {
         let dots = name.match_indices('.').map(|(i, _)| &name[..i]);
-        dots.filter_map(|layer| self.experts.get(layer)).last().map(Vec::as_slice)
+        dots.filter_map(|layer| self.experts.get(layer)).next_back().map(Vec::as_slice)
     }
 
     fn shape(&self, node: NodeId) -> &[u64] {
@@ -98,7 +98,7 @@ impl Resolver<'_> {
                 for (new, old) in dims.iter().enumerate() {
                     (w.lo[*old], w.len[*old]) = (window.lo[new], window.len[new]);
                 }
-                Ok(permute_pieces(&inner(0, &w)?, dims))
+                permute_pieces(&inner(0, &w)?, dims).ok_or(NoBoxes(id))
             }
             Op::Pad { dim, value, .. } => {
                 let dtype = self.dtype(id);

@@ -1,0 +1,244 @@
+//! Laws that hold for every plan, topology and content.
+
+#[path = "laws/cases.rs"]
+mod cases;
+#[path = "laws/pieces.rs"]
+mod pieces;
+#[path = "laws/world.rs"]
+mod world;
+
+use kernelcast::backend::reference::{Oracle, Stored};
+use kernelcast::compile::Compiled;
+use kernelcast::dtype::DType;
+use kernelcast::ir::Place;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
+
+use cases::Case;
+use world::{Values, World, compile_case};
+
+/// Evaluates all targets of one rank of a compiled plan, in the plan's order.
+type Evaluator = fn(&Compiled, &World, usize) -> Vec<Stored>;
+
+/// Law 1: what an evaluator makes of a rank is what the oracle finds, bit for bit.
+fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evaluator) {
+    let world = World::random(&case.sources, seed, values);
+    let compiled = match compile_case(case, &world) {
+        Ok(compiled) => compiled,
+        Err(e) => {
+            let codes: Vec<_> = e.iter().map(|d| d.code).collect();
+            assert!(codes.iter().all(|c| *c == "E0501"), "{e:#?}");
+            return;
+        }
+    };
+    for (number, rank) in compiled.program.ranks.iter().enumerate() {
+        let plan = &compiled.stages[rank.coords.pp as usize];
+        let place = Place::of(&compiled.mesh, rank.coords);
+        let oracle = Oracle::new(plan, place, &case.experts, &world).expect("it was compiled");
+        let found = evaluate(&compiled, &world, number);
+        assert_eq!(found.len(), plan.params.len());
+        for (param, found) in plan.params.iter().zip(found) {
+            let expected = oracle.param(param).expect("every source is there");
+            assert_eq!(found, expected, "{} on rank {}", param.name, rank.rank);
+        }
+    }
+}
+
+/// Failures are kept in a file and tried first.
+fn config() -> ProptestConfig {
+    let kept = FileFailurePersistence::Direct("tests/laws/failures.txt");
+    ProptestConfig {
+        max_shrink_iters: 20_000,
+        failure_persistence: Some(Box::new(kept)),
+        ..ProptestConfig::default()
+    }
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    vec(any::<u32>(), 0..120).prop_map(cases::make)
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn pieces_are_what_the_oracle_finds(case in case(), seed: u64) {
+        check_against_oracle(&case, seed, Values::Any, pieces::evaluate);
+    }
+
+    #[test]
+    fn quantize_commutes_with_aligned_cuts_and_no_others(cut in cut()) {
+        check_cut(&cut);
+    }
+}
+
+/// A cut of a matrix, in words, and where it really cuts.
+#[derive(Clone, Debug)]
+struct Cut {
+    shape: [u64; 2],
+    block: u64,
+    ranks: u64,
+    call: String,
+    dim: usize,
+    /// For each rank: first and last index (exclusive) of `dim`.
+    parts: Vec<(u64, u64)>,
+}
+
+fn cut() -> impl Strategy<Value = Cut> {
+    let local =
+        prop_oneof![1u64..80, (1u64..4).prop_map(|n| 32 * n), (1u64..3).prop_map(|n| 64 * n)];
+    let sizes =
+        (local, 1u64..4, 1u64..5, 0usize..2, prop_oneof![Just(32u64), Just(64)], 1u64..70);
+    (sizes, 0u64..3, any::<(u16, u16)>()).prop_map(
+        |((local, heads, ranks, dim, block, other), kind, (a, b))| {
+            let (size, call, dim, parts) = match kind {
+                0 => {
+                    let parts = (0..ranks).map(|r| (r * local, (r + 1) * local)).collect();
+                    (local * ranks, format!("shard({dim}, tp)"), dim, parts)
+                }
+                1 => {
+                    // One head a rank, or each head on several.
+                    let heads = if ranks % heads == 0 { heads } else { 1 };
+                    let part = |r: u64| r * heads / ranks * local;
+                    let parts = (0..ranks).map(|r| (part(r), part(r) + local)).collect();
+                    (local * heads, format!("heads(tp, {heads})"), 0, parts)
+                }
+                _ => {
+                    let size = local * ranks;
+                    let unit = if a % 3 == 0 { 1 } else { block };
+                    let start = u64::from(a) % size / unit * unit;
+                    let end = start + 1 + u64::from(b) % (size - start);
+                    let end =
+                        if b % 3 == 0 { end } else { end.next_multiple_of(unit).min(size) };
+                    (
+                        size,
+                        format!("slice({dim}, {start}..{end})"),
+                        dim,
+                        vec![(start, end); ranks as usize],
+                    )
+                }
+            };
+            let shape = if dim == 0 { [size, other] } else { [other, size] };
+            Cut { shape, block, ranks, call, dim, parts }
+        },
+    )
+}
+
+/// Law 4: quantizing and cutting commute exactly where every cut lies on the grid, and the
+/// checker refuses exactly the rest.
+fn check_cut(cut: &Cut) {
+    let [rows, cols] = cut.shape;
+    let quantize = format!("quantize(fp8::prime_rl.block({}))", cut.block);
+    let case = |calls: &[&str], tp: u64| Case {
+        text: format!(
+            "let b = at(\"m\"); b[\"p\"] = b.src(\"s\", [{rows}, {cols}], f32).{};",
+            calls.join(".")
+        ),
+        infer: format!("tp={tp}"),
+        block: 128,
+        sources: Vec::new(),
+        experts: Default::default(),
+    };
+    // Ascending and descending values: no two different tiles have one amax in both.
+    let count = rows * cols;
+    let worlds = [0, count].map(|down| {
+        let mut world = World::default();
+        let values = (0..count).flat_map(|i| (1.0 + i.abs_diff(down) as f32).to_le_bytes());
+        world.insert("m.s", DType::F32, &cut.shape, values.collect());
+        world
+    });
+    let full = compile_case(&case(&[&quantize], 1), &worlds[0]).expect("there is no cut");
+    let cut_first = compile_case(&case(&[&cut.call, &quantize], cut.ranks), &worlds[0]);
+    let cut_first = cut_first.expect("floats can be cut anywhere");
+    let cut_last = compile_case(&case(&[&quantize, &cut.call], cut.ranks), &worlds[0]);
+
+    let size = cut.shape[cut.dim];
+    let on_grid = |at: u64| at == size || at.is_multiple_of(cut.block);
+    let aligned = cut.parts.iter().all(|(lo, hi)| on_grid(*lo) && on_grid(*hi));
+    let mut commutes = true;
+    for world in &worlds {
+        let (full, _) = elements(&full, world, 0);
+        for (rank, (lo, hi)) in cut.parts.iter().enumerate() {
+            let (first, shape) = elements(&cut_first, world, rank);
+            assert_eq!(shape[cut.dim], hi - lo);
+            for (i, element) in first.iter().enumerate() {
+                let mut at = [i as u64 / shape[1], i as u64 % shape[1]];
+                at[cut.dim] += lo;
+                commutes &= *element == full[(at[0] * cols + at[1]) as usize];
+            }
+            if let Ok(cut_last) = &cut_last {
+                assert_eq!(elements(cut_last, world, rank).0, first, "rank {rank}");
+            }
+        }
+    }
+    assert_eq!(commutes, aligned, "what commutes");
+    match cut_last {
+        Ok(_) => assert!(aligned, "the checker let it pass"),
+        Err(e) => {
+            let codes: Vec<_> = e.iter().map(|d| d.code).collect();
+            assert!(!aligned && codes == ["E0304"], "the checker said {codes:?}");
+        }
+    }
+}
+
+/// Code and scale of each element of a rank's only parameter, and its shape.
+fn elements(compiled: &Compiled, world: &World, rank: usize) -> (Vec<(u8, u32)>, Vec<u64>) {
+    let plan = &compiled.stages[0];
+    let place = Place::of(&compiled.mesh, compiled.program.ranks[rank].coords);
+    let experts = Default::default();
+    let oracle = Oracle::new(plan, place, &experts, world).expect("it was compiled");
+    let param = &plan.params[0];
+    let t = oracle.type_of(param.node);
+    let stored = oracle.param(param).expect("every source is there");
+    let (block, grid) =
+        (t.quant.expect("quantized").block, t.scale_shape().expect("quantized"));
+    let scales = stored.scales.expect("quantized");
+    let scale = |i: u64| {
+        let tile = i / t.shape[1] / block * grid[1] + i % t.shape[1] / block;
+        u32::from_le_bytes(scales[4 * tile as usize..][..4].try_into().expect("four bytes"))
+    };
+    let codes = stored.values.into_iter();
+    (codes.enumerate().map(|(i, c)| (c, scale(i as u64))).collect(), t.shape.to_vec())
+}
+
+/// The cases say something: nearly all compile, and every word of the language is in some.
+#[test]
+fn cases_are_worth_testing() {
+    let words = [
+        "cat(",
+        "stack(",
+        ".slice(",
+        ".reshape(",
+        ".permute(",
+        ".pad_to(",
+        ".to(",
+        ".shard(",
+        ".heads(",
+        ".experts(",
+        ".quantize(",
+        ".refine(",
+        ".dequantize(",
+        " + ",
+        " * ",
+        "b[\"d",
+    ];
+    let mut seen = vec![0; words.len()];
+    let (mut compiled, mut total) = (0, 0);
+    for seed in 0..400u64 {
+        let tape = World::noise(seed, 80);
+        let case = cases::make(tape);
+        let world = World::random(&case.sources, seed, Values::Finite);
+        total += 1;
+        if compile_case(&case, &world).is_err() {
+            continue;
+        }
+        compiled += 1;
+        for (word, seen) in words.iter().zip(&mut seen) {
+            *seen += usize::from(case.text.contains(word));
+        }
+    }
+    let rare: Vec<_> = words.iter().zip(&seen).filter(|(_, n)| **n < 10).collect();
+    assert!(rare.is_empty(), "rare in {compiled} cases: {rare:?}");
+    assert!(compiled * 10 > total * 8, "{compiled} of {total} compile");
+}
