@@ -287,7 +287,8 @@ fn unknown_function(state: &State, call: &str, at: Span) -> Diagnostic {
     let shown = types(&arguments.replace("()", "nothing").replace("(nothing", "("));
     let (space, name) = path.rsplit_once("::").map_or(("", path), |(s, n)| (s, n));
     if !name.starts_with(|c: char| c.is_alphabetic() || c == '_') {
-        return Diagnostic::error("E0102", format!("`{name}` is not defined for {shown}")).at(at);
+        return Diagnostic::error("E0102", format!("`{name}` is not defined for {shown}"))
+            .at(at);
     }
     let own = state.functions.iter().map(|(n, s)| (n.as_str(), s.as_str()));
     let known: Vec<(&str, &str)> = match space {

@@ -1,8 +1,8 @@
 //! Runs the script again with a trap on one event, to see through which calls it was reached.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 
-use crate::diag::{Diagnostic, Span};
+use crate::diag::{Diagnostic, Sameness, Span};
 
 use super::state::State;
 use super::{Request, run, take};
@@ -16,15 +16,15 @@ pub(super) fn with_call_chains(request: &Request<'_>, state: &mut State) -> Vec<
     chains(request, problems)
 }
 
-/// Adds to the first diagnostic of each code and span the calls that led to its event.
+/// Adds to the first diagnostic of each kind the calls that led to its event.
 pub(super) fn chains(
     request: &Request<'_>,
     problems: Vec<(Diagnostic, Option<u32>)>,
 ) -> Vec<Diagnostic> {
-    let mut seen: BTreeSet<(&'static str, Option<Span>)> = BTreeSet::new();
+    let mut seen = HashSet::new();
     let mut out = Vec::with_capacity(problems.len());
     for (mut d, event) in problems {
-        let first = seen.insert((d.code, d.span));
+        let first = seen.insert(Sameness::of(&d).into_owned());
         if let Some(event) = event.filter(|_| first && seen.len() <= MAX_REPLAYS) {
             d = super::errors::called(d, chain(request, event));
         }

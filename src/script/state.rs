@@ -142,7 +142,8 @@ impl State {
             }
             Err(e) => {
                 let mut d = type_diagnostic(e, span);
-                d.subject = ids.first().and_then(|id| first_source(&self.nodes, &self.sources, *id));
+                d.subject =
+                    ids.first().and_then(|id| first_source(&self.nodes, &self.sources, *id));
                 self.problem(event, d);
                 Ok(Tensor(None))
             }
