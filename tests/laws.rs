@@ -4,15 +4,20 @@
 mod cases;
 #[path = "laws/cpu.rs"]
 mod cpu;
+#[path = "laws/limits.rs"]
+mod limits;
 #[path = "laws/pieces.rs"]
 mod pieces;
 #[path = "laws/world.rs"]
 mod world;
 
+use std::collections::BTreeMap;
+
 use kernelcast::backend::reference::{Oracle, Stored};
 use kernelcast::compile::Compiled;
 use kernelcast::dtype::DType;
 use kernelcast::ir::Place;
+use kernelcast::verify::{FileTensor, verify_rank};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -224,6 +229,64 @@ fn elements(compiled: &Compiled, world: &World, rank: usize) -> (Vec<(u8, u32)>,
     };
     let codes = stored.values.into_iter();
     (codes.enumerate().map(|(i, c)| (c, scale(i as u64))).collect(), t.shape.to_vec())
+}
+
+/// What `verify` says of a rank's own bytes, and of one that was changed.
+#[test]
+fn verification_names_the_first_difference() {
+    let case = Case {
+        text: "let b = at(\"m\"); b[\"p\"] = b.src(\"s\", [8, 40]).shard(0, tp).quantize(\
+               fp8::vllm.block(32));"
+            .to_owned(),
+        infer: "tp=2".to_owned(),
+        block: 128,
+        sources: vec![cases::SourceTensor {
+            name: "m.s".to_owned(),
+            dtype: DType::Bf16,
+            shape: vec![8, 40],
+        }],
+        experts: Default::default(),
+    };
+    let world = World::random(&case.sources, 3, Values::Finite);
+    let compiled = compile_case(&case, &world).expect("the plan is right");
+    let coords = compiled.program.ranks[1].coords;
+    let place = Place::of(&compiled.mesh, coords);
+    let oracle = Oracle::new(&compiled.stages[0], place, &case.experts, &world).expect("right");
+    let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut tensors = Vec::new();
+    let stored = cpu::evaluate(&compiled, &world).remove(1).remove(0).expect("it is stored");
+    let contents = [stored.values, stored.scales.expect("it is quantized")];
+    for (storage, bytes) in compiled.program.ranks[1].targets[0].storages.iter().zip(contents) {
+        files.insert(storage.name.clone(), bytes);
+        let (name, dtype, shape) = (storage.name.clone(), storage.dtype, storage.shape.clone());
+        tensors.push(FileTensor { name, dtype, shape });
+    }
+    let check = |files: &BTreeMap<String, Vec<u8>>, tensors: &[FileTensor]| -> Vec<String> {
+        let read = |name: &str| Ok(files[name].clone());
+        let found = verify_rank(&oracle, 1, tensors, &read).expect("everything is read");
+        found.into_iter().map(|m| m.diagnostic().message).collect()
+    };
+    assert_eq!(check(&files, &tensors), Vec::<String>::new());
+
+    let codes = files.get_mut("m.p").expect("it is there");
+    (codes[85], codes[90]) = (codes[85] ^ 1, codes[90] ^ 0x80);
+    let found = check(&files, &tensors);
+    assert!(
+        found.len() == 1
+            && found[0]
+                .starts_with("m.p of rank 1 differs in 2 of 160 elements, first at [2, 5]:"),
+        "{found:?}"
+    );
+    tensors[1].shape[0] = 2;
+    tensors[0].name = "m.q".to_owned();
+    assert_eq!(
+        check(&files, &tensors),
+        [
+            "m.p is missing on rank 1",
+            "m.p_scale_inv of rank 1 is f32 [2, 2], the plan makes f32 [1, 2]",
+            "rank 1 holds m.q, which the plan does not define",
+        ]
+    );
 }
 
 /// The cases say something: nearly all compile, and every word of the language is in some.
