@@ -96,9 +96,13 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     let files = front.stages[0].files.clone();
     let mut problems = front.explain(&inputs, std::mem::take(&mut work.problems));
     let model = front.opened.as_ref().or(inputs.model.as_ref());
+    // What a refused parameter would have read is not known.
+    let whole = !problems.iter().any(Diagnostic::is_error);
     if let Some(catalog) = model.and_then(|m| m.catalog.as_deref()) {
         problems.extend(empty_drops(&front.stages, catalog));
-        problems.extend(unused_sources(&front.stages, catalog, &work.used));
+        if whole {
+            problems.extend(unused_sources(&front.stages, catalog, &work.used));
+        }
     }
     if problems.iter().any(Diagnostic::is_error) {
         return Err(CompileError { error: Error::refused(problems), files });

@@ -125,6 +125,17 @@ fn source_type(source: &Source) -> Result<Type, TypeError> {
             }),
         ),
     };
+    if quant.is_some() && source.shape.len() < 2 {
+        return hinted(
+            "E0206",
+            format!(
+                "block scales need a matrix, {} is {}",
+                source.name,
+                show_shape(&source.shape)
+            ),
+            "name the stored type to read the codes alone: src(.., .., e4m3)",
+        );
+    }
     checked(Type { shape: source.shape.clone(), dtype, quant })
 }
 

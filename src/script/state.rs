@@ -46,6 +46,7 @@ pub(super) struct State {
     source_ids: HashMap<String, SourceId>,
     nodes: Vec<Node>,
     types: Vec<Type>,
+    extents: Vec<Extent>,
     params: Vec<Param>,
     /// Where each target name was written first, values that came to nothing included.
     written: HashMap<String, Span>,
@@ -55,6 +56,17 @@ pub(super) struct State {
     trap: Option<u32>,
     notes: Vec<Diagnostic>,
 }
+
+/// How large an expression is when written out in full: later stages walk it so.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    depth: u64,
+    operations: u64,
+}
+
+/// Operations inside each other, and in all, of one expression. Models need a few dozen, and a
+/// few thousand where experts are stacked.
+const MAX_EXTENT: Extent = Extent { depth: 256, operations: 1 << 18 };
 
 impl State {
     pub fn new(request: &Request<'_>, files: SourceMap, trap: Option<u32>) -> Self {
@@ -82,6 +94,7 @@ impl State {
             source_ids: HashMap::new(),
             nodes: Vec::new(),
             types: Vec::new(),
+            extents: Vec::new(),
             params: Vec::new(),
             written: HashMap::new(),
             has_catalog: catalog.is_some(),
@@ -136,7 +149,19 @@ impl State {
         let types: Vec<&Type> = ids.iter().map(|i| self.type_of(*i)).collect();
         match infer(&op, &types, &self.place, &self.sources) {
             Ok(found) => {
+                let extent = self.extent_of(&ids);
+                let Extent { depth, operations } = MAX_EXTENT;
+                if extent.depth > depth || extent.operations > operations {
+                    let why = format!(
+                        "an expression of {} operations, {} of them inside each other; the \
+                         limits are {operations} and {depth}",
+                        extent.operations, extent.depth
+                    );
+                    self.problem(event, Diagnostic::error("E0105", why).at(span));
+                    return Ok(Tensor(None));
+                }
                 let id = NodeId(self.nodes.len() as u32);
+                self.extents.push(extent);
                 self.types.push(found);
                 self.nodes.push(Node { op, inputs: ids, span, event });
                 Ok(Tensor(Some(id)))
@@ -149,6 +174,15 @@ impl State {
                 Ok(Tensor(None))
             }
         }
+    }
+
+    fn extent_of(&self, inputs: &[NodeId]) -> Extent {
+        let mut out = Extent { depth: 1, operations: 1 };
+        for extent in inputs.iter().map(|i| self.extents[i.0 as usize]) {
+            out.depth = out.depth.max(extent.depth + 1);
+            out.operations = out.operations.saturating_add(extent.operations);
+        }
+        out
     }
 
     /// Defines a target parameter.

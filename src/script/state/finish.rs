@@ -49,7 +49,7 @@ impl State {
     }
 
     /// A parameter is derived if every path to its sources passes `.dequantize` of a node that
-    /// is itself a parameter.
+    /// is itself a parameter, and it is not quantized itself.
     fn mark_derived(&mut self) {
         let targets: BTreeSet<NodeId> = self.params.iter().map(|p| p.node).collect();
         let mut some = vec![false; self.nodes.len()];
@@ -64,7 +64,8 @@ impl State {
         let mut mixed = Vec::new();
         for param in &mut self.params {
             let i = param.node.0 as usize;
-            param.derived = all[i];
+            // Receivers only dequantize: a value that is quantized again comes from the sources.
+            param.derived = all[i] && self.types[i].quant.is_none();
             if some[i] && !all[i] {
                 let d = Diagnostic::error(
                     "E0501",
