@@ -230,10 +230,16 @@ fn dims(s: &Shared, ctx: &NativeCallContext, shape: &Array) -> Fallible<Dims> {
         match size.as_int() {
             Ok(n) if n > 0 => out.push(n as u64),
             Ok(n) => {
-                return refuse(s, ctx, "E0209", format!("a size of {n} in {shape:?}"));
+                let at = span_of(&s.borrow(), ctx);
+                let message = format!("a source has a size of {n} in {shape:?}");
+                let d = Diagnostic::error("E0209", message).at(at);
+                return raise(
+                    d.hint("does a key of config.json mean something else here?"),
+                    ctx,
+                );
             }
             Err(_) => {
-                let why = format!("a shape is whole numbers, {size} is a {}", kind(ctx, size));
+                let why = format!("a shape is whole numbers, not the {}", shown(ctx, size));
                 return refuse(s, ctx, "E0110", why);
             }
         }
@@ -341,6 +347,16 @@ fn kind(ctx: &NativeCallContext, value: &Dynamic) -> String {
     super::errors::types(ctx.engine().map_type_name(value.type_name()))
 }
 
+/// A value with its kind: `string "256"`, `float 85.3`, `block`.
+fn shown(ctx: &NativeCallContext, value: &Dynamic) -> String {
+    let kind = kind(ctx, value);
+    match kind.as_str() {
+        "string" => format!("string \"{value}\""),
+        "float" | "bool" => format!("{kind} {value}"),
+        _ => kind,
+    }
+}
+
 fn tensors(s: &Shared, ctx: &NativeCallContext, list: Array) -> Fallible<Vec<Tensor>> {
     list.into_iter()
         .map(|item| {
@@ -358,7 +374,7 @@ fn ints(s: &Shared, ctx: &NativeCallContext, list: Array) -> Fallible<Vec<i64>> 
         .map(|item| match item.as_int() {
             Ok(n) => Ok(n),
             Err(_) => {
-                let why = format!("expected whole numbers, {item} is a {}", kind(ctx, item));
+                let why = format!("expected whole numbers, not the {}", shown(ctx, item));
                 refuse(s, ctx, "E0110", why)
             }
         })
@@ -508,7 +524,8 @@ fn recipe_named(name: &str) -> Option<RecipeValue> {
     Some(RecipeValue::One { recipe: one(kind), scale_name })
 }
 
-const RECIPES: [&str; 5] = ["vllm", "deepgemm", "prime_rl", "ue8m0", "ue8m0_two_step"];
+pub(super) const RECIPES: [&str; 5] =
+    ["vllm", "deepgemm", "prime_rl", "ue8m0", "ue8m0_two_step"];
 
 fn recipes(engine: &mut Engine, state: &Shared) {
     let mut fp8 = Module::new();

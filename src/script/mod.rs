@@ -23,9 +23,9 @@ use crate::ir::{Dims, Plan};
 use crate::topo::{Coords, InferMesh};
 
 pub use config::FACTS;
+use errors::Failure;
 pub use limits::Limits;
 pub use modules::{BuiltinModules, ModuleFiles, NoModules};
-use errors::Failure;
 use state::State;
 
 /// What the trainer side really holds, by name; absent in a dry run from a bare config.
@@ -108,7 +108,10 @@ pub fn evaluate(request: &Request<'_>) -> Outcome {
 }
 
 /// Adds the call chain to late diagnostics: each is paired with the event it belongs to.
-pub fn explain_late(request: &Request<'_>, late: Vec<(Diagnostic, Option<u32>)>) -> Vec<Diagnostic> {
+pub fn explain_late(
+    request: &Request<'_>,
+    late: Vec<(Diagnostic, Option<u32>)>,
+) -> Vec<Diagnostic> {
     replay::chains(request, late)
 }
 

@@ -142,7 +142,8 @@ impl State {
             }
             Err(e) => {
                 let mut d = type_diagnostic(e, span);
-                d.subject = ids.first().and_then(|id| first_source(&self.nodes, &self.sources, *id));
+                d.subject =
+                    ids.first().and_then(|id| first_source(&self.nodes, &self.sources, *id));
                 self.problem(event, d);
                 Ok(Tensor(None))
             }
@@ -263,9 +264,15 @@ impl State {
             "E0403",
             format!("{name} is {dtype} in the source, the plan says {declared}"),
         )
-        .hint(format!(
-            "name the stored type and write the cast: src(.., .., {dtype}).to({declared})"
-        )))
+        .hint(match (dtype, dtype.is_float() && declared.is_float()) {
+            (_, true) => format!(
+                "name the stored type and write the cast: src(.., .., {dtype}).to({declared})"
+            ),
+            (DType::E4m3, _) => {
+                "an FP8 value is declared as a float: src(.., .., bf16)".to_owned()
+            }
+            _ => format!("declare it as it is stored: src(.., .., {dtype})"),
+        }))
     }
 
     fn quantized_format(&self, name: &str, shape: &Dims) -> Result<SourceFormat, Diagnostic> {
@@ -349,10 +356,13 @@ impl State {
         names.extend(value.0.and_then(|node| self.scale_of(&name, node)));
         for written in names {
             if let Some(first) = self.written.get(&written).copied() {
-                let d = Diagnostic::error("E0406", format!("{written} is written twice"))
-                    .at(span)
-                    .also(first, "written here first")
-                    .about(written);
+                let d =
+                    Diagnostic::error("E0406", format!("{written} is written twice")).at(span);
+                let d = match first == span {
+                    true => d.hint("is the number of the layer or expert missing in the name?"),
+                    false => d.also(first, "written here first"),
+                }
+                .about(written);
                 self.problem(event, d);
                 return Ok(());
             }
@@ -494,18 +504,20 @@ impl State {
             })
             .map(Pattern::text)
             .collect();
-        if let Some(first) = lost.first() {
-            let more = match lost.len() {
-                1 => String::new(),
-                n => format!(" and {} more", n - 1),
+        if !lost.is_empty() {
+            let shown = lost.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+            let more = match lost.len().saturating_sub(5) {
+                0 => String::new(),
+                n => format!(" and {n} more"),
             };
-            self.notes.push(Diagnostic::warning(
-                "E0422",
-                format!(
-                    "{first}{more} of the model's list of modules to leave unquantized \
-                     matches no source of this plan"
-                ),
-            ));
+            self.notes.push(
+                Diagnostic::warning(
+                    "E0422",
+                    "the model's list of modules to leave unquantized has entries that match no \
+                     source of this plan",
+                )
+                .note(format!("{shown}{more}")),
+            );
         }
     }
 
