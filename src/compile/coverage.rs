@@ -37,22 +37,23 @@ pub(super) fn unused_sources(
     let dropped = |name: &str| rules.iter().any(|r| r.pattern.matches(name));
     let lost: Vec<&String> =
         names.iter().filter(|n| !used.contains(*n) && !dropped(n)).collect();
-    if let Some(first) = lost.first() {
-        let shown: Vec<&str> = lost.iter().take(5).map(|n| n.as_str()).collect();
-        let more = lost.len() - shown.len();
-        let entry = catalog.find(first);
-        let shape = entry.map_or_else(String::new, |e| format!(" {}", show_shape(&e.shape)));
+    if !lost.is_empty() {
+        let name = |n: &String| match catalog.find(n) {
+            Some(entry) => format!("{n} {}", show_shape(&entry.shape)),
+            None => n.clone(),
+        };
+        let shown: Vec<String> = lost.iter().take(5).map(|n| name(n)).collect();
+        let more = match lost.len() - shown.len() {
+            0 => String::new(),
+            n => format!(" and {n} more"),
+        };
         let verb = if lost.len() == 1 { "tensor is" } else { "tensors are" };
         problems.push(
             Diagnostic::error(
                 "E0404",
                 format!("{} source {verb} neither used nor dropped", lost.len()),
             )
-            .note(format!(
-                "{}{}",
-                shown.join(", "),
-                if more > 0 { format!(" and {more} more") } else { shape }
-            ))
+            .note(format!("{}{more}", shown.join(", ")))
             .hint("map it in the plan, or say drop(\"pattern\")"),
         );
     }

@@ -9,6 +9,12 @@ use super::{Dims, Op, Place, Plan, Quant, ScaleName, Source, SourceFormat, Type,
 
 use quantized::{dequantize, quantize, refine};
 
+/// Said where a size surprises.
+const LOCAL: &str = "sizes are those of one rank, after every cut so far";
+
+/// Most experts in one tensor; each is a piece of its own.
+const MOST_EXPERTS: u64 = 1 << 20;
+
 /// Why an operation is refused; the caller adds the place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TypeError {
@@ -154,7 +160,12 @@ fn dim_of(t: &Type, dim: usize) -> Result<u64, TypeError> {
     match t.shape.get(dim) {
         Some(size) => Ok(*size),
         None => {
-            bad("E0202", format!("there is no dimension {dim} in {}", show_shape(&t.shape)))
+            let shape = show_shape(&t.shape);
+            hinted(
+                "E0202",
+                format!("there is no dimension {dim} in {shape}"),
+                "dimensions count from 0",
+            )
         }
     }
 }
@@ -169,7 +180,11 @@ fn divide(size: u64, parts: u64, what: &str, dim: usize) -> Result<u64, TypeErro
     if size.is_multiple_of(parts) {
         return Ok(size / parts);
     }
-    bad("E0301", format!("{what} does not divide dimension {dim} of size {size}"))
+    hinted(
+        "E0301",
+        format!("{what} does not divide dimension {dim} of size {size}"),
+        "choose an axis size that divides it; where the receiver pads, write .pad_to first",
+    )
 }
 
 /// Rows a rank takes and how many ranks in a row share one head.
@@ -181,7 +196,11 @@ pub(crate) fn head_rows(
 ) -> Result<(u64, u64), TypeError> {
     let rows = dim_of(t, 0)?;
     if heads == 0 || !rows.is_multiple_of(heads) {
-        return bad("E0302", format!("{rows} rows are not {heads} equal heads"));
+        return hinted(
+            "E0302",
+            format!("{rows} rows are not {heads} equal heads"),
+            "count query heads for q, key-value heads for k and v",
+        );
     }
     let head = rows / heads;
     if heads.is_multiple_of(ranks) {
@@ -322,14 +341,22 @@ fn stack(inputs: &[&Type]) -> Result<Type, TypeError> {
 fn slice(t: &Type, dim: usize, start: u64, end: u64) -> Result<Type, TypeError> {
     let size = dim_of(t, dim)?;
     if start >= end || end > size {
-        return bad("E0203", format!("{start}..{end} is not a part of 0..{size}"));
+        return hinted(
+            "E0203",
+            format!("the slice {start}..{end} is not within dimension {dim} of size {size}"),
+            LOCAL,
+        );
     }
     if let Some(q) = t.quant
         && in_matrix(t, dim)
     {
         for cut in [start, end] {
             if cut != size && !cut.is_multiple_of(q.block) {
-                cut_label("the slice", size, end - start, Err((cut, q.block)))?;
+                return hinted(
+                    "E0304",
+                    format!("a cut at {cut} crosses a quantization block of {}", q.block),
+                    format!("cut at a multiple of {}, or before .quantize", q.block),
+                );
             }
         }
     }
@@ -338,7 +365,14 @@ fn slice(t: &Type, dim: usize, start: u64, end: u64) -> Result<Type, TypeError> 
 
 fn reshape(t: &Type, shape: &[i64]) -> Result<Type, TypeError> {
     let Some(dims) = reshape_dims(shape, t.elements()) else {
-        return bad("E0204", format!("{} does not reshape to {shape:?}", show_shape(&t.shape)));
+        let message = format!("{} does not reshape to {shape:?}", show_shape(&t.shape));
+        let given = shape.iter().filter(|s| **s >= 0).try_fold(1i64, |a, s| a.checked_mul(*s));
+        let counts = given.map(|n| match shape.contains(&-1) {
+            true => format!("{} elements are no multiple of {n}", t.elements()),
+            false => format!("{} elements are not {n}", t.elements()),
+        });
+        let hint = Some(format!("{LOCAL}; one size may be -1"));
+        return Err(TypeError { code: "E0204", message, label: counts, hint });
     };
     if let Some(q) = t.quant {
         let row = |s: &[u64]| (s.len() >= 2).then(|| (s[s.len() - 2], s[s.len() - 1]));
@@ -378,7 +412,7 @@ fn permute(t: &Type, dims: &[usize]) -> Result<Type, TypeError> {
     if dims.len() != rank {
         return bad("E0202", format!("{dims:?} names {} of {rank} dimensions", dims.len()));
     }
-    if t.quant.is_some() && !dims[rank - 2..].iter().all(|d| in_matrix(t, *d)) {
+    if t.quant.is_some() && !dims[rank.saturating_sub(2)..].iter().all(|d| in_matrix(t, *d)) {
         return bad(
             "E0208",
             "a permute may not move a quantized value's last two dimensions away",
@@ -422,6 +456,9 @@ fn cast(t: &Type, dtype: DType) -> Result<Type, TypeError> {
 
 fn experts(t: &Type, place: &Place, axis: crate::topo::Axis) -> Result<Type, TypeError> {
     let count = dim_of(t, 0)?;
+    if count > MOST_EXPERTS {
+        return bad("E0209", format!("{count} experts are more than {MOST_EXPERTS}"));
+    }
     if t.quant.is_some() && in_matrix(t, 0) {
         return bad("E0208", "experts of a quantized matrix: dimension 0 must lead two others");
     }

@@ -192,10 +192,13 @@ impl State {
         names.extend(value.0.and_then(|node| self.scale_of(&name, node)));
         for written in names {
             if let Some(first) = self.written.get(&written).copied() {
-                let d = Diagnostic::error("E0406", format!("{written} is written twice"))
-                    .at(span)
-                    .also(first, "written here first")
-                    .about(written);
+                let d =
+                    Diagnostic::error("E0406", format!("{written} is written twice")).at(span);
+                let d = match first == span {
+                    true => d.hint("is the number of the layer or expert missing in the name?"),
+                    false => d.also(first, "written here first"),
+                }
+                .about(written);
                 self.problem(event, d);
                 return Ok(());
             }

@@ -45,12 +45,17 @@ pub(super) fn quantize(
 
 pub(super) fn refine(t: &Type, block: u64) -> Result<Type, TypeError> {
     let Some(q) = t.quant else {
-        return bad("E0208", "refine of a value that is not quantized");
+        return hinted(
+            "E0208",
+            "refine of a value that is not quantized",
+            "write .quantize(recipe.block(..)) for a grid of its own",
+        );
     };
     if block == 0 || !q.block.is_multiple_of(block) {
-        return bad(
+        return hinted(
             "E0210",
             format!("a block of {} is not made of blocks of {block}", q.block),
+            "a grid becomes finer only, by a size that divides its own",
         );
     }
     Ok(Type { quant: Some(Quant { block, ..q }), ..t.clone() })

@@ -126,18 +126,20 @@ impl State {
             })
             .map(Pattern::text)
             .collect();
-        if let Some(first) = lost.first() {
-            let more = match lost.len() {
-                1 => String::new(),
-                n => format!(" and {} more", n - 1),
+        if !lost.is_empty() {
+            let shown = lost.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+            let more = match lost.len().saturating_sub(5) {
+                0 => String::new(),
+                n => format!(" and {n} more"),
             };
-            self.notes.push(Diagnostic::warning(
-                "E0422",
-                format!(
-                    "{first}{more} of the model's list of modules to leave unquantized \
-                     matches no source of this plan"
-                ),
-            ));
+            self.notes.push(
+                Diagnostic::warning(
+                    "E0422",
+                    "the model's list of modules to leave unquantized has entries that match no \
+                     source of this plan",
+                )
+                .note(format!("{shown}{more}")),
+            );
         }
     }
 }

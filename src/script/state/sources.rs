@@ -126,9 +126,15 @@ impl State {
             "E0403",
             format!("{name} is {dtype} in the source, the plan says {declared}"),
         )
-        .hint(format!(
-            "name the stored type and write the cast: src(.., .., {dtype}).to({declared})"
-        )))
+        .hint(match (dtype, dtype.is_float() && declared.is_float()) {
+            (_, true) => format!(
+                "name the stored type and write the cast: src(.., .., {dtype}).to({declared})"
+            ),
+            (DType::E4m3, _) => {
+                "an FP8 value is declared as a float: src(.., .., bf16)".to_owned()
+            }
+            _ => format!("declare it as it is stored: src(.., .., {dtype})"),
+        }))
     }
 
     fn quantized_format(&self, name: &str, shape: &Dims) -> Result<SourceFormat, Diagnostic> {
