@@ -22,7 +22,7 @@ mlp["gate_up_proj.weight"] = cat([
 ]).quantize(fp8::vllm);
 "#;
 
-fn main() -> Result<(), String> {
+pub fn main() -> Result<(), String> {
     // The trainer's tensors: all gate values are 1.0, all up values 4.0, in bf16.
     let gate = 0x3F80u16.to_le_bytes().repeat(256 * 128);
     let up = 0x4080u16.to_le_bytes().repeat(256 * 128);

@@ -7,7 +7,9 @@ use serde_json::Value;
 
 use crate::diag::{Diagnostic, SourceMap};
 use crate::error::{Error, Result};
-use crate::ir::{NodeId, Param, Place, Plan, SourceFormat, Type, infer_all, show_shape};
+use crate::ir::{
+    NodeId, Param, Place, Plan, SourceFormat, Type, first_source, infer_all, show_shape,
+};
 use crate::lower::{
     Part, Program, ProgramSource, RankProgram, Target, TargetKind, TargetStorage, Unit,
     recipe_of,
@@ -91,10 +93,13 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     let files = front.stages[0].files.clone();
     let mut problems = front.explain(&inputs, std::mem::take(&mut work.problems));
     let model = front.opened.as_ref().or(inputs.model.as_ref());
-    // What a refused parameter would have read is not known.
-    let whole = !problems.iter().any(Diagnostic::is_error);
-    if let Some(catalog) = model.and_then(|m| m.catalog.as_deref()).filter(|_| whole) {
-        problems.extend(unused_sources(&front.stages, catalog, &work.used));
+    let refused = problems.iter().any(Diagnostic::is_error);
+    if let Some(catalog) = model.and_then(|m| m.catalog.as_deref()) {
+        problems.extend(empty_drops(&front.stages, catalog));
+        // What a refused parameter would have read is not known.
+        if !refused {
+            problems.extend(unused_sources(&front.stages, catalog, &work.used));
+        }
     }
     if problems.iter().any(Diagnostic::is_error) {
         return Err(CompileError { error: Error::refused(problems), files });
@@ -164,8 +169,14 @@ impl Front {
                     }
                     front.stages.clear();
                 }
-                Outcome::Done { plan, declared, problems } => {
+                Outcome::Done { plan, declared, mut problems, complete } => {
                     if problems.iter().any(Diagnostic::is_error) {
+                        let model = front.opened.as_ref().or(inputs.model.as_ref());
+                        if let Some(c) = model.and_then(|m| m.catalog.as_deref())
+                            && complete
+                        {
+                            problems.extend(empty_drops(std::slice::from_ref(&*plan), c));
+                        }
                         return Err(FrontError::Plan(problems, plan.files));
                     }
                     front.declared = declared;
@@ -202,7 +213,7 @@ impl Front {
     fn explain(&self, inputs: &CompileInputs<'_>, late: Vec<Late>) -> Vec<Diagnostic> {
         let mut out = Vec::new();
         for stage in 0..self.stages.len() {
-            let mine: Vec<(Diagnostic, u32)> = late
+            let mine: Vec<(Diagnostic, Option<u32>)> = late
                 .iter()
                 .filter(|l| l.stage == stage)
                 .map(|l| (l.diagnostic.clone(), l.event))
@@ -218,7 +229,8 @@ impl Front {
 /// A problem found after evaluation, with the event of the script that it belongs to.
 struct Late {
     stage: usize,
-    event: u32,
+    /// None where no single call is to blame.
+    event: Option<u32>,
     diagnostic: Diagnostic,
 }
 
@@ -333,7 +345,8 @@ impl<'a> Lowering<'a> {
             let mut d = Diagnostic::error(e.code, e.message).at(node.span);
             d.label = e.label;
             d.hint = e.hint;
-            self.problems.push(Late { stage, event: node.event, diagnostic: d });
+            d.subject = first_source(&plan.nodes, &plan.sources, NodeId(index as u32));
+            self.problems.push(Late { stage, event: Some(node.event), diagnostic: d });
         }
         StageTypes { types, full: Rc::clone(full) }
     }
@@ -387,7 +400,7 @@ impl<'a> Lowering<'a> {
         .at(param.span)
         .hint("reshape and permute before .quantize")
         .about(&param.name);
-        self.problems.push(Late { stage, event: param.event, diagnostic: d });
+        self.problems.push(Late { stage, event: Some(param.event), diagnostic: d });
     }
 
     fn target(
@@ -513,7 +526,7 @@ impl<'a> Lowering<'a> {
                             .about(&param.name);
                             self.problems.push(Late {
                                 stage,
-                                event: param.event,
+                                event: Some(param.event),
                                 diagnostic: d,
                             });
                         }
@@ -526,7 +539,7 @@ impl<'a> Lowering<'a> {
                     format!("the expert map names {layer}, where the plan has no experts"),
                 )
                 .hint("keys are module paths such as model.layers.3");
-                self.problems.push(Late { stage: 0, event: u32::MAX, diagnostic: d });
+                self.problems.push(Late { stage: 0, event: None, diagnostic: d });
             }
         }
     }
@@ -610,7 +623,26 @@ fn leading_strides(
     strides
 }
 
-/// Sources of the catalog that no rank reads and no rule drops, and rules that match nothing.
+/// Drop rules that match nothing.
+fn empty_drops(stages: &[Plan], catalog: &dyn Catalog) -> Vec<Diagnostic> {
+    let names = catalog.names();
+    let mut rules: Vec<_> = stages.iter().flat_map(|p| &p.drop).collect();
+    rules.sort_by_key(|r| (r.span, r.pattern.text().to_owned()));
+    rules.dedup_by_key(|r| (r.span, r.pattern.text().to_owned()));
+    let empty = rules
+        .into_iter()
+        .filter(|r| !r.optional && !names.iter().any(|n| r.pattern.matches(n)));
+    empty
+        .map(|rule| {
+            let text = rule.pattern.text();
+            Diagnostic::error("E0405", format!("drop(\"{text}\") matches no source tensor"))
+                .at(rule.span)
+                .hint("where it may match nothing, write drop(pattern, optional)")
+        })
+        .collect()
+}
+
+/// Sources of the catalog that no rank reads and no rule drops.
 fn unused_sources(
     stages: &[Plan],
     catalog: &dyn Catalog,
@@ -618,26 +650,10 @@ fn unused_sources(
 ) -> Vec<Diagnostic> {
     let names = catalog.names();
     let mut problems = Vec::new();
-    let mut dropped = BTreeSet::new();
-    let mut rules: Vec<_> = stages.iter().flat_map(|p| &p.drop).collect();
-    rules.sort_by_key(|r| (r.span, r.pattern.text().to_owned()));
-    rules.dedup_by_key(|r| (r.span, r.pattern.text().to_owned()));
-    for rule in rules {
-        let hits: Vec<&String> = names.iter().filter(|n| rule.pattern.matches(n)).collect();
-        if hits.is_empty() && !rule.optional {
-            problems.push(
-                Diagnostic::error(
-                    "E0405",
-                    format!("drop(\"{}\") matches no source tensor", rule.pattern.text()),
-                )
-                .at(rule.span)
-                .hint("where it may match nothing, write drop(pattern, optional)"),
-            );
-        }
-        dropped.extend(hits);
-    }
+    let rules: Vec<_> = stages.iter().flat_map(|p| &p.drop).collect();
+    let dropped = |name: &str| rules.iter().any(|r| r.pattern.matches(name));
     let lost: Vec<&String> =
-        names.iter().filter(|n| !used.contains(*n) && !dropped.contains(n)).collect();
+        names.iter().filter(|n| !used.contains(*n) && !dropped(n)).collect();
     if let Some(first) = lost.first() {
         let shown: Vec<&str> = lost.iter().take(5).map(|n| n.as_str()).collect();
         let more = lost.len() - shown.len();

@@ -135,10 +135,10 @@ fn without_a_span() {
 fn repeats_without_a_subject() {
     let (sources, plan, _) = sources();
     let at = sources.token_at(plan, 4, 15);
-    let all = ["a", "b", "c", "b"]
-        .map(|key| Diagnostic::error("E0104", format!("the config has no key `{key}`")).at(at));
+    let all = [1, 20, 3, 20]
+        .map(|i| Diagnostic::error("E0104", format!("the config has no key `a{i}`")).at(at));
     assert_snapshot!(text(&all, &sources), @r"
-    error[E0104]: the config has no key `a`
+    error[E0104]: the config has no key `a1`
      --> plans/x.rhai:4:15
       |
     4 |     let mlp = at(`model.layers.${i}.mlp`);
@@ -146,6 +146,9 @@ fn repeats_without_a_subject() {
       |
       = and 2 more like this
     ");
+    // Messages that differ in more than numbers are told one by one.
+    let other = Diagnostic::error("E0104", "the config has no key `b1`").at(at);
+    assert_eq!(group(&[all.as_slice(), &[other]].concat()).len(), 2);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod layout;
 mod names;
 mod rows;
+mod text;
 
 use crate::compile::Compiled;
 use crate::dtype::DType;
@@ -12,7 +13,7 @@ use crate::table::{RuleRow, ShapeTable};
 use crate::topo::{Axis, RankId};
 
 use super::human;
-use layout::{Grid, Line, LineKind};
+use layout::{Grid, Line, LineKind, Sourced};
 use names::{braced, ranges};
 use rows::{Kind, Row, Section};
 
@@ -51,7 +52,7 @@ pub fn render_table(
         out.push_str(&layout::title(&class_title(compiled, class), style));
         out.push_str(&layout::grid(&grid(&sections), style, width));
     }
-    out.push_str(&layout::footer(&totals(compiled), &rules(&facts), style));
+    out.push_str(&layout::footer(&totals(compiled), &rules(&facts), style, width));
     out
 }
 
@@ -83,7 +84,7 @@ fn class_title(compiled: &Compiled, class: &[&RankProgram]) -> String {
         at.dedup();
         format!("{axis} {}", ranges(&at))
     });
-    let places = places.collect::<Vec<_>>().join(", ");
+    let places = places.collect::<Vec<_>>().join(" · ");
     let places = if places.is_empty() { places } else { format!(" ({places})") };
     format!("{word} {}{places}", ranges(&numbers))
 }
@@ -141,49 +142,56 @@ fn row_line(section: &Section, row: &Row, folded: bool) -> Line {
     }
     match facts.kind {
         Kind::Parameter => {
-            line.bytes = human::bytes(row.bytes);
+            line.bytes = match row.count {
+                1 => human::bytes(row.bytes),
+                // They are equal, or they would not share a row.
+                count => format!("{count} × {}", human::bytes(row.bytes / count.max(1))),
+            };
             if folded {
                 line.total = human::bytes(row.bytes.saturating_mul(section.times()));
             }
         }
         Kind::Derived | Kind::Alias => line.bytes = "–".to_owned(),
     }
-    line.source = clean(&source(section, row));
+    line.source = source(section, row);
     line
 }
 
 /// Where a row's value is from, and what is done to it on the way.
-fn source(section: &Section, row: &Row) -> String {
+fn source(section: &Section, row: &Row) -> Sourced {
     let only = match section.layers[..] {
         [one] => Some(one),
         _ => None,
     };
     let facts = &row.facts;
-    let names = match row.sources.is_empty() {
-        true => "no source".to_owned(),
-        false if facts.origin.same_name => layout::SAME.to_owned(),
-        false => row.sources.show(only),
+    let (names, remark) = match row.sources.is_empty() {
+        true => ("no source".to_owned(), true),
+        false if facts.origin.same_name => (layout::SAME.to_owned(), true),
+        false => (clean(&row.sources.show(only)), false),
     };
-    let strides = |what: &str| match &facts.strides {
-        Some(s) => format!("{what} {names} · strides {}", shape(s)),
-        None => format!("{what} {names}"),
+    let (lead, notes) = match facts.kind {
+        Kind::Parameter => ("", changes(row)),
+        Kind::Alias => ("view of", strides(row)),
+        Kind::Derived => ("derived from", strides(row)),
     };
-    match facts.kind {
-        Kind::Alias => return strides("view of"),
-        Kind::Derived => return strides("derived from"),
-        Kind::Parameter => {}
-    }
+    Sourced { lead, names, remark, notes }
+}
+
+fn strides(row: &Row) -> Vec<String> {
+    row.facts.strides.iter().map(|s| format!("strides {}", shape(s))).collect()
+}
+
+/// Changes of the element type between the source and the target.
+fn changes(row: &Row) -> Vec<String> {
+    let facts = &row.facts;
     let stored = facts.origin.from.filter(|_| !row.sources.is_empty());
-    let mut parts = vec![names];
-    match (stored, &facts.scale, facts.origin.recipe) {
-        (Some(DType::E4m3), None, _) => parts.push("dequantized".to_owned()),
-        (Some(DType::E4m3), Some(_), None) => parts.push("passes through".to_owned()),
-        (Some(DType::E4m3), Some(_), Some(_)) => parts.push("dequantized".to_owned()),
-        (Some(from), None, _) if from != facts.dtype => parts.push(format!("from {from}")),
-        _ => {}
-    }
-    parts.extend(facts.origin.recipe.map(str::to_owned));
-    parts.join(" · ")
+    let change = match (stored, &facts.scale, facts.origin.recipe) {
+        (Some(DType::E4m3), Some(_), None) => Some("passes through".to_owned()),
+        (Some(DType::E4m3), _, _) => Some("dequantized".to_owned()),
+        (Some(from), None, _) if from != facts.dtype => Some(format!("from {from}")),
+        _ => None,
+    };
+    change.into_iter().chain(facts.origin.recipe.map(str::to_owned)).collect()
 }
 
 /// Ranks, bytes, sources.
@@ -218,7 +226,8 @@ fn written(rank: &RankProgram) -> u64 {
 fn between(values: &[u64], show: impl Fn(u64) -> String) -> String {
     let least = values.iter().min().copied().unwrap_or(0);
     let most = values.iter().max().copied().unwrap_or(0);
-    if least == most { show(least) } else { format!("{} to {}", show(least), show(most)) }
+    let (least, most) = (show(least), show(most));
+    if least == most { least } else { format!("{least} to {most}") }
 }
 
 /// Rules with the place that made them: word, pattern, file and line.

@@ -6,7 +6,7 @@ mod group;
 mod render;
 mod span;
 
-pub use group::{Grouped, group};
+pub use group::{Grouped, Sameness, group};
 pub use render::{Format, render, summary};
 pub use span::{FileId, SourceMap, Span};
 

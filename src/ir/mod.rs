@@ -12,7 +12,9 @@ pub use infer::{TypeError, infer, infer_all};
 pub use op::{Op, ScaleName};
 pub use pattern::Pattern;
 pub use place::Place;
-pub use plan::{Node, NodeId, Param, Plan, Rule, Source, SourceFormat, SourceId, SourceScale};
+pub use plan::{
+    Node, NodeId, Param, Plan, Rule, Source, SourceFormat, SourceId, SourceScale, first_source,
+};
 pub use print::{print_plan, show_shape};
 
 use smallvec::SmallVec;

@@ -104,3 +104,14 @@ impl Plan {
         &self.sources[id.0 as usize]
     }
 }
+
+/// The source that an expression begins with: what a problem of it is about.
+pub fn first_source(nodes: &[Node], sources: &[Source], mut id: NodeId) -> Option<String> {
+    loop {
+        let node = nodes.get(id.0 as usize)?;
+        if let Op::Source(source) = node.op {
+            return sources.get(source.0 as usize).map(|s| s.name.clone());
+        }
+        id = *node.inputs.first()?;
+    }
+}

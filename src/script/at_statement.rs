@@ -7,6 +7,7 @@ use std::cell::RefCell;
 
 use rhai::{Engine, FuncRegistration, Token};
 
+use super::definitions::Definitions;
 use super::values::Block;
 
 /// The value of the reserved variable `at`.
@@ -49,9 +50,14 @@ impl Seen {
 }
 
 pub(super) fn register(engine: &mut Engine) {
+    engine.register_type_with_name::<Root>("at");
     let seen = RefCell::new(Seen::new());
+    let definitions = RefCell::new(Definitions::new());
     #[expect(deprecated, reason = "marked volatile by rhai; the only hook before the parser")]
-    engine.on_parse_token(move |token, _, _| seen.borrow_mut().read(token));
+    engine.on_parse_token(move |token, _, _| {
+        let token = definitions.borrow_mut().read(token);
+        seen.borrow_mut().read(token)
+    });
     FuncRegistration::new_index_getter()
         .with_purity(true)
         .register_into_engine(engine, |_: &mut Root, path: &str| Block {

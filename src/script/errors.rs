@@ -1,11 +1,13 @@
 //! Translates rhai's own errors into diagnostics that a stranger can act on.
 
-use rhai::{Dynamic, EvalAltResult, ParseError};
+use rhai::{Dynamic, EvalAltResult, LexError, ParseError};
 
 use crate::diag::{Diagnostic, Span};
 
+use super::definitions::RESERVED_WORD;
 use super::host::Raised;
-use super::state::{State, Trapped};
+use super::limits::{MAP_ITEMS, MODULES, Stop, VARIABLES};
+use super::state::State;
 
 /// What a plan can call, for "did you mean" and for the arguments that were expected.
 const SIGNATURES: &[(&str, &str)] = &[
@@ -29,7 +31,7 @@ const SIGNATURES: &[(&str, &str)] = &[
     ("path", "block.path()"),
     ("permute", "tensor.permute([dim, ..])"),
     ("quantize", "tensor.quantize(recipe)"),
-    ("refine", "tensor.refine(recipe) or tensor.refine(block)"),
+    ("refine", "tensor.refine(block) or tensor.refine(recipe)"),
     ("require", "require(condition, message)"),
     ("reshape", "tensor.reshape([size, ..])"),
     ("scale_suffix", "recipe.scale_suffix(\"_scale_inv\" | \"_scale\")"),
@@ -56,13 +58,17 @@ pub(crate) fn nearest<'a>(
 /// A script that does not parse. The caller adds the place.
 pub(super) fn parse_error(e: &ParseError) -> Diagnostic {
     match e.err_type() {
-        rhai::ParseErrorType::Reserved(word) if word == "eval" => {
-            Diagnostic::error("E0112", "`eval` is not part of the plan language")
+        rhai::ParseErrorType::BadInput(LexError::ImproperSymbol(word, why)) => {
+            match (word.as_str(), why.as_str()) {
+                (name, RESERVED_WORD) => reserved(name),
+                ("eval", _) => {
+                    Diagnostic::error("E0112", "`eval` is not part of the plan language")
+                        .hint("a plan is what its files say; use functions and closures")
+                }
+                _ => unparsed(&plain(why)),
+            }
         }
-        rhai::ParseErrorType::ForbiddenVariable(name) => {
-            Diagnostic::error("E0107", format!("`{name}` is a reserved name"))
-                .hint("give the variable another name")
-        }
+        rhai::ParseErrorType::ForbiddenVariable(name) => reserved(name),
         rhai::ParseErrorType::AssignmentToInvalidLHS(_) => Diagnostic::error(
             "E0101",
             "the plan does not parse: this cannot be written to",
@@ -70,25 +76,86 @@ pub(super) fn parse_error(e: &ParseError) -> Diagnostic {
         .hint(
             "put the block into a variable first: let b = x.at(\"..\"); b[\"name\"] = tensor",
         ),
-        kind => Diagnostic::error("E0101", format!("the plan does not parse: {kind}")),
+        kind => unparsed(&plain(&kind.to_string())),
     }
 }
 
-/// A failed evaluation as one diagnostic; none where the replay's trap ended it and there is no
-/// call around it. The calls that led there become labels, innermost first.
-pub(super) fn translate(state: &State, error: EvalAltResult) -> Option<Diagnostic> {
-    let mut calls: Vec<(String, Span)> = Vec::new();
+fn unparsed(why: &str) -> Diagnostic {
+    Diagnostic::error("E0101", format!("the plan does not parse: {why}"))
+}
+
+/// Line and column of the last bracket that is open where a text ends; none if the parser
+/// stopped before the end.
+pub(super) fn never_closed(text: &str, stopped: rhai::Position) -> Option<(u16, u16)> {
+    let rest = text.lines().skip(stopped.line()?.saturating_sub(1));
+    let column = stopped.position().unwrap_or(0);
+    let rest: String = rest.collect::<Vec<_>>().join("\n").chars().skip(column).collect();
+    if !rest.trim().is_empty() {
+        return None;
+    }
+    let (mut open, mut line, mut column) = (Vec::new(), 1, 0);
+    let (mut quote, mut last) = (None, '\n');
+    let mut comment = false;
+    for c in text.chars() {
+        (line, column) = if c == '\n' { (line + 1, 0) } else { (line, column + 1) };
+        let escaped = last == '\\';
+        comment = (comment || quote.is_none() && last == '/' && c == '/') && c != '\n';
+        match (quote, c) {
+            _ if comment => {}
+            (Some(q), c) if c == q && !escaped => quote = None,
+            (Some(_), _) => {}
+            (None, '"' | '`') => quote = Some(c),
+            (None, '(' | '[' | '{') => open.push((line, column)),
+            (None, ')' | ']' | '}') => {
+                open.pop();
+            }
+            _ => {}
+        }
+        // An escaped backslash escapes nothing.
+        last = if escaped { ' ' } else { c };
+    }
+    open.pop().filter(|_| quote.is_none())
+}
+
+/// How an evaluation ended before its end.
+pub(super) struct Failure {
+    /// None where a trap or a new start ended it.
+    pub diagnostic: Option<Diagnostic>,
+    /// The calls that led there, innermost first.
+    pub calls: Vec<(String, Span)>,
+}
+
+/// Adds the calls that led to a diagnostic; a recursion's repeats become one.
+pub(super) fn called(mut d: Diagnostic, calls: Vec<(String, Span)>) -> Diagnostic {
+    let mut repeats: Vec<(String, Span, usize)> = Vec::new();
+    for (name, at) in calls {
+        match repeats.iter_mut().find(|r| r.0 == name && r.1 == at) {
+            Some(known) => known.2 += 1,
+            None => repeats.push((name, at, 1)),
+        }
+    }
+    for (name, at, times) in repeats {
+        let times = if times > 1 { format!(", {times} times") } else { String::new() };
+        d = d.also(at, format!("in {name}{times}"));
+    }
+    d
+}
+
+/// A failed evaluation in words that a stranger can act on.
+pub(super) fn translate(state: &State, error: EvalAltResult) -> Failure {
     let (mut error, mut source) = (error, None::<String>);
-    let mut stack = Vec::new();
+    let mut calls = Vec::new();
     loop {
         match error {
             EvalAltResult::ErrorInFunctionCall(name, from, inner, at) => {
-                stack.push((name, source.clone(), at));
+                let anonymous = name.starts_with("anon$");
+                let shown = if anonymous { "a closure".to_owned() } else { name };
+                calls.push((format!("call to {shown}"), state.point(source.as_deref(), at)));
                 source = (!from.is_empty()).then_some(from).or(source);
                 error = *inner;
             }
             EvalAltResult::ErrorInModule(name, inner, at) => {
-                stack.push((format!("import {name}"), source.clone(), at));
+                calls.push((format!("import \"{name}\""), state.point(source.as_deref(), at)));
                 error = *inner;
             }
             other => {
@@ -97,74 +164,70 @@ pub(super) fn translate(state: &State, error: EvalAltResult) -> Option<Diagnosti
             }
         }
     }
-    // The caller of the outermost function is the plan itself; each next one is called from
-    // the file of the function around it.
-    for (name, from, at) in stack.into_iter().rev() {
-        let shown = if name.contains('$') { "a closure".to_owned() } else { name };
-        calls.push((shown, state.point(from.as_deref(), at)));
-    }
+    calls.reverse();
     let at = state.point(source.as_deref(), error.position());
-    let mut d = innermost(state, error, at);
-    for (name, span) in calls {
-        if d.code == TRAP {
-            d = d.also(span, name);
-        } else {
-            d = d.also(span, format!("in call to {name}"));
-        }
-    }
-    Some(d)
+    Failure { diagnostic: innermost(state, error, at), calls }
 }
 
-/// Stands for the replay's trap; never shown.
-const TRAP: &str = "E0101";
-
-fn innermost(state: &State, error: EvalAltResult, at: Span) -> Diagnostic {
-    match error {
-        EvalAltResult::ErrorRuntime(value, _) if value.is::<Trapped>() => {
-            Diagnostic::error(TRAP, "trap")
-        }
-        EvalAltResult::ErrorRuntime(value, _) => raised(value, at),
-        EvalAltResult::ErrorTerminated(..) => {
-            limit("time", at).hint("a plan takes milliseconds: look for a loop that never ends")
-        }
-        EvalAltResult::ErrorTooManyOperations(_) => {
-            limit("the number of operations", at).hint("look for a loop that never ends")
+fn innermost(state: &State, error: EvalAltResult, at: Span) -> Option<Diagnostic> {
+    let limits = &state.limits;
+    let endless = "look for a loop that never ends";
+    Some(match error {
+        EvalAltResult::ErrorRuntime(value, _) | EvalAltResult::ErrorTerminated(value, _) => {
+            match value.clone().try_cast::<Stop>() {
+                None => raised(value, at),
+                Some(Stop::Trap) => return None,
+                Some(Stop::Operations) => {
+                    limit(format!("{} operations", limits.operations), at).hint(endless)
+                }
+                Some(Stop::Tensors) => {
+                    limit(format!("{} tensor expressions", limits.tensors), at)
+                        .hint("look for a loop that makes more than a model has")
+                }
+                Some(Stop::Time) => limit(format!("{} s of time", limits.time.as_secs()), at)
+                    .hint(format!("a plan takes milliseconds: {endless}")),
+            }
         }
         EvalAltResult::ErrorStackOverflow(_) => {
-            limit("the depth of calls", at).hint("look for a function that calls itself")
+            limit(format!("{} calls within each other", limits.call_depth), at)
+                .hint("look for a function that calls itself")
         }
-        EvalAltResult::ErrorDataTooLarge(what, _) => limit(&what.to_lowercase(), at),
-        EvalAltResult::ErrorTooManyVariables(_) => limit("the number of variables", at),
-        EvalAltResult::ErrorTooManyModules(_) => limit("the number of modules", at),
-        EvalAltResult::ErrorFunctionNotFound(call, _) => unknown_function(&call, at),
+        EvalAltResult::ErrorDataTooLarge(what, _) => {
+            let most = match what.as_str() {
+                "Length of string" => format!("{} bytes in one string", limits.string_bytes),
+                "Size of object map" => format!("{MAP_ITEMS} keys in one map"),
+                _ => format!("{} items in one list", limits.array_items),
+            };
+            limit(most, at).hint("look for a loop that makes it grow")
+        }
+        EvalAltResult::ErrorTooManyVariables(_) => limit(format!("{VARIABLES} variables"), at),
+        EvalAltResult::ErrorTooManyModules(_) => limit(format!("{MODULES} imports"), at),
+        EvalAltResult::ErrorFunctionNotFound(call, _) => unknown_function(state, &call, at),
+        EvalAltResult::ErrorModuleNotFound(name, _) => unknown_module(state, &name, at),
         EvalAltResult::ErrorVariableNotFound(name, _) => unknown_variable(state, &name, at),
-        EvalAltResult::ErrorForbiddenVariable(name, _) => {
-            Diagnostic::error("E0107", format!("`{name}` is a reserved name")).at(at)
-        }
-        EvalAltResult::ErrorPropertyNotFound(name, _)
-        | EvalAltResult::ErrorDotExpr(name, _) => {
-            Diagnostic::error("E0102", format!("there is no property here: {name}")).at(at)
-        }
+        EvalAltResult::ErrorForbiddenVariable(name, _) => reserved(&name).at(at),
+        EvalAltResult::ErrorPropertyNotFound(what, _)
+        | EvalAltResult::ErrorDotExpr(what, _) => unknown_property(&what, at),
         EvalAltResult::ErrorIndexingType(what, _) => {
-            Diagnostic::error("E0110", format!("this cannot be indexed so: {what}"))
+            Diagnostic::error("E0110", format!("there is no indexing like {}", types(&what)))
                 .at(at)
                 .hint("a parameter is written block[\"name\"] = tensor")
         }
-        EvalAltResult::ErrorMismatchDataType(want, got, _) => {
+        EvalAltResult::ErrorMismatchDataType(want, got, _)
+        | EvalAltResult::ErrorMismatchOutputType(want, got, _) => {
+            let (want, got) = (types(&want), types(&got));
             Diagnostic::error("E0110", format!("expected {want}, found {got}")).at(at)
         }
-        EvalAltResult::ErrorMismatchOutputType(want, got, _) => {
-            Diagnostic::error("E0110", format!("the closure gave {got}, not {want}")).at(at)
+        EvalAltResult::ErrorArithmetic(what, _) => {
+            Diagnostic::error("E0111", plain(&what)).at(at)
         }
-        EvalAltResult::ErrorArithmetic(what, _) => Diagnostic::error("E0209", what).at(at),
         EvalAltResult::ErrorParsing(kind, _) => match kind {
-            rhai::ParseErrorType::Reserved(_) | rhai::ParseErrorType::ForbiddenVariable(_) => {
-                Diagnostic::error("E0107", kind.to_string()).at(at)
-            }
-            _ => Diagnostic::error("E0101", kind.to_string()).at(at),
+            rhai::ParseErrorType::Reserved(name)
+            | rhai::ParseErrorType::ForbiddenVariable(name) => reserved(&name).at(at),
+            _ => Diagnostic::error("E0101", plain(&kind.to_string())).at(at),
         },
-        other => Diagnostic::error("E0111", strip_position(&other.to_string())).at(at),
-    }
+        other => Diagnostic::error("E0111", plain(&other.to_string())).at(at),
+    })
 }
 
 fn raised(value: Dynamic, at: Span) -> Diagnostic {
@@ -177,35 +240,105 @@ fn raised(value: Dynamic, at: Span) -> Diagnostic {
     }
 }
 
-fn limit(what: &str, at: Span) -> Diagnostic {
-    Diagnostic::error("E0105", format!("the plan hit the limit on {what}")).at(at)
+fn limit(most: String, at: Span) -> Diagnostic {
+    Diagnostic::error("E0105", format!("the plan hit the limit of {most}")).at(at)
 }
 
-fn strip_position(text: &str) -> String {
-    text.rsplit_once(" (line ").map_or(text, |(head, _)| head).to_owned()
+fn reserved(name: &str) -> Diagnostic {
+    Diagnostic::error("E0107", format!("`{name}` is a reserved name"))
+        .hint("it means the same in every plan: choose another name")
 }
 
-/// `shard (block, int, axis)`: the name is not known, or the arguments do not fit.
-fn unknown_function(call: &str, at: Span) -> Diagnostic {
-    let name = call.split([' ', '(']).next().unwrap_or(call);
-    let name = name.rsplit("::").next().unwrap_or(name);
-    let shown = call.replace("rhai::", "").replace("&str | ImmutableString | ", "");
-    if let Some((_, signature)) = SIGNATURES.iter().find(|(n, _)| *n == name) {
-        return Diagnostic::error("E0102", format!("`{name}` does not take these: {shown}"))
+/// Rhai's own words in the style of ours: no capital, no position.
+fn plain(text: &str) -> String {
+    let text = text.rsplit_once(" (line ").map_or(text, |(head, _)| head);
+    let text = types(text);
+    let mut letters = text.chars();
+    match letters.next() {
+        // `LeftBrace` would be a word of its own; a capital before a small letter is not.
+        Some(first) if letters.clone().next().is_some_and(char::is_lowercase) => {
+            first.to_lowercase().chain(letters).collect()
+        }
+        _ => text,
+    }
+}
+
+/// Names of types as a plan's author knows them.
+pub(super) fn types(text: &str) -> String {
+    let names = [
+        ("&str | ImmutableString | String", "string"),
+        ("ImmutableString", "string"),
+        ("core::ops::range::RangeInclusive<i64>", "range"),
+        ("core::ops::range::Range<i64>", "range"),
+        ("range<i64>", "range"),
+        ("range=<i64>", "range"),
+        ("i64", "int"),
+        ("f64", "float"),
+        ("&str", "string"),
+        ("()", "nothing"),
+    ];
+    names.iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// `shard (tensor, axis, i64)`: the name is not known, or the arguments do not fit.
+fn unknown_function(state: &State, call: &str, at: Span) -> Diagnostic {
+    let (path, arguments) = call.split_once(" (").unwrap_or((call, ")"));
+    let arguments = format!("({}", arguments);
+    let shown = types(&arguments.replace("()", "nothing").replace("(nothing", "("));
+    let (space, name) = path.rsplit_once("::").map_or(("", path), |(s, n)| (s, n));
+    if !name.starts_with(|c: char| c.is_alphabetic() || c == '_') {
+        return Diagnostic::error("E0102", format!("`{name}` is not defined for {shown}"))
+            .at(at);
+    }
+    let own = state.functions.iter().map(|(n, s)| (n.as_str(), s.as_str()));
+    let known: Vec<(&str, &str)> = match space {
+        "" => SIGNATURES.iter().copied().chain(own).collect(),
+        "fp8" => SIGNATURES.iter().copied().filter(|s| s.0 == "named").collect(),
+        _ => own.collect(),
+    };
+    let space = if space.is_empty() || space == "fp8" { "" } else { &path[..space.len() + 2] };
+    let written = |name: &str| {
+        let mut forms: Vec<String> =
+            known.iter().filter(|s| s.0 == name).map(|s| format!("{space}{}", s.1)).collect();
+        forms.dedup();
+        forms.join(" or ")
+    };
+    let forms = written(name);
+    if !forms.is_empty() {
+        return Diagnostic::error("E0102", format!("`{name}` does not take {shown}"))
             .at(at)
-            .label("wrong arguments")
-            .hint(format!("it is written {signature}"));
+            .hint(format!("it is written {forms}"));
     }
     let d = Diagnostic::error("E0102", format!("there is no function or method `{name}`"))
         .at(at)
-        .note(format!("called as {shown}"));
-    match nearest(name, SIGNATURES.iter().map(|s| s.0)) {
-        Some(near) => {
-            let signature = SIGNATURES.iter().find(|s| s.0 == near).map_or("", |s| s.1);
-            d.hint(format!("did you mean {signature}?"))
-        }
-        None => d.hint("docs and README list every word of the plan language"),
+        .note(format!("called as {path}{shown}"));
+    match nearest(name, known.iter().map(|s| s.0)) {
+        Some(near) => d.hint(format!("did you mean {}?", written(near))),
+        None => d.hint("the README lists every word of the plan language"),
     }
+}
+
+fn unknown_module(state: &State, name: &str, at: Span) -> Diagnostic {
+    let imported = state.files.text(at.file).lines();
+    let imported = imported.filter(|l| l.trim_start().starts_with("import "));
+    let aliases: Vec<&str> =
+        imported.filter_map(|l| l.rsplit_once(" as ")?.1.trim().strip_suffix(';')).collect();
+    let d = Diagnostic::error("E0103", format!("nothing is imported as `{name}`")).at(at);
+    match nearest(name, aliases) {
+        Some(near) => d.hint(format!("did you mean `{near}`?")),
+        None => d.hint(format!("import it at the top: import \"lib/{name}\" as {name};")),
+    }
+}
+
+/// Rhai says `Unknown property 'shape' - a getter is not registered for type 'tensor'`.
+fn unknown_property(what: &str, at: Span) -> Diagnostic {
+    let mut quoted = what.split('\'').skip(1).step_by(2);
+    let message = match (quoted.next(), quoted.next()) {
+        (Some(name), Some(kind)) => format!("{} has no property `{name}`", types(kind)),
+        (Some(name), None) => format!("there is no property `{name}` here"),
+        _ => format!("there is no such property here: {}", plain(what)),
+    };
+    Diagnostic::error("E0102", message).at(at)
 }
 
 fn unknown_variable(state: &State, name: &str, at: Span) -> Diagnostic {

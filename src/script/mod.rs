@@ -2,6 +2,7 @@
 
 mod at_statement;
 mod config;
+mod definitions;
 mod errors;
 mod host;
 mod limits;
@@ -22,6 +23,7 @@ use crate::ir::{Dims, Plan};
 use crate::topo::{Coords, InferMesh};
 
 pub use config::FACTS;
+use errors::Failure;
 pub(crate) use errors::nearest as nearest_name;
 pub use limits::Limits;
 pub use modules::{BuiltinModules, ModuleFiles, NoModules};
@@ -74,8 +76,9 @@ pub struct Declared {
 
 /// How an evaluation ended.
 pub enum Outcome {
-    /// The plan. `problems` holds errors that were found on the way.
-    Done { plan: Box<Plan>, declared: Declared, problems: Vec<Diagnostic> },
+    /// The plan. `problems` holds errors that were found on the way; `complete` says that the
+    /// script ran to its end.
+    Done { plan: Box<Plan>, declared: Declared, problems: Vec<Diagnostic>, complete: bool },
     /// The script declares an input or a topology that the request did not have: supply it and
     /// evaluate again.
     Restart(Declared),
@@ -91,25 +94,30 @@ pub fn evaluate(request: &Request<'_>) -> Outcome {
     if state.restart {
         return Outcome::Restart(state.declared);
     }
-    state.finish(failure.is_none());
+    let complete = failure.is_none();
+    state.finish(complete);
     let mut problems = replay::with_call_chains(request, &mut state);
-    if let Some(failure) = failure {
-        problems.push(failure);
+    if let Some(Failure { diagnostic: Some(d), calls }) = failure {
+        problems.push(errors::called(d, calls));
     }
     Outcome::Done {
         declared: state.declared.clone(),
         plan: Box::new(state.into_plan()),
         problems,
+        complete,
     }
 }
 
 /// Adds the call chain to late diagnostics: each is paired with the event it belongs to.
-pub fn explain_late(request: &Request<'_>, late: Vec<(Diagnostic, u32)>) -> Vec<Diagnostic> {
+pub fn explain_late(
+    request: &Request<'_>,
+    late: Vec<(Diagnostic, Option<u32>)>,
+) -> Vec<Diagnostic> {
     replay::chains(request, late)
 }
 
 /// One run, up to the trapped event if there is one.
-fn run(request: &Request<'_>, trap: Option<u32>) -> (Rc<RefCell<State>>, Option<Diagnostic>) {
+fn run(request: &Request<'_>, trap: Option<u32>) -> (Rc<RefCell<State>>, Option<Failure>) {
     let mut files = SourceMap::default();
     files.add(request.name, request.text);
     let state = Rc::new(RefCell::new(State::new(request, files, trap)));
@@ -123,7 +131,7 @@ fn run(request: &Request<'_>, trap: Option<u32>) -> (Rc<RefCell<State>>, Option<
         if state.restart {
             return None;
         }
-        errors::translate(state, *e)
+        Some(errors::translate(state, *e))
     });
     drop(engine);
     (state, failure)

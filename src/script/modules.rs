@@ -8,7 +8,7 @@ use rhai::{AST, Engine, EvalAltResult, Module, ModuleResolver, Position, Scope, 
 
 use crate::diag::Diagnostic;
 
-use super::host::{RESERVED, Raised};
+use super::host::Raised;
 use super::state::State;
 
 /// Reads a module by its path under the plan's folder (`lib/attention.rhai`).
@@ -95,25 +95,20 @@ fn compile(
     let mut ast = engine.compile(text).map_err(|e| {
         let at = state.borrow().point(Some(name), e.position());
         let d = super::errors::parse_error(&e).at(at);
+        let d = match super::errors::never_closed(text, e.position()) {
+            Some((line, column)) => {
+                let opened = state.borrow().point(Some(name), Position::new(line, column));
+                d.also(opened, "never closed")
+            }
+            None => d,
+        };
         Box::new(EvalAltResult::ErrorRuntime(Raised::value(d), e.position()))
     })?;
     ast.set_source(name);
     for function in ast.iter_functions() {
-        let anonymous = function.name.starts_with("anon$");
-        let clash = function.params.iter().find(|p| !anonymous && RESERVED.contains(p));
-        if let Some(param) = clash {
-            let d = Diagnostic::error(
-                "E0107",
-                format!(
-                    "function {} has a parameter named `{param}`, a reserved name",
-                    function.name
-                ),
-            )
-            .hint("give the parameter another name");
-            return Err(Box::new(EvalAltResult::ErrorRuntime(
-                Raised::value(d),
-                Position::NONE,
-            )));
+        if !function.name.starts_with("anon$") {
+            let signature = format!("{}({})", function.name, function.params.join(", "));
+            state.borrow_mut().functions.push((function.name.to_owned(), signature));
         }
     }
     Ok(ast)
@@ -152,7 +147,8 @@ impl ModuleResolver for Jail {
         let module = compile(engine, &self.state, &name, &text)
             .and_then(|ast| Module::eval_ast_as_new(Scope::new(), &ast, engine));
         self.open.borrow_mut().pop();
-        let module = Shared::new(module?);
+        let module = module.map_err(|e| EvalAltResult::ErrorInModule(name, e, pos))?;
+        let module = Shared::new(module);
         self.cache.borrow_mut().insert(file, Shared::clone(&module));
         Ok(module)
     }

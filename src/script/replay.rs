@@ -1,8 +1,8 @@
 //! Runs the script again with a trap on one event, to see through which calls it was reached.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 
-use crate::diag::{Diagnostic, Span};
+use crate::diag::{Diagnostic, Sameness, Span};
 
 use super::state::State;
 use super::{Request, run, take};
@@ -16,19 +16,17 @@ pub(super) fn with_call_chains(request: &Request<'_>, state: &mut State) -> Vec<
     chains(request, problems)
 }
 
-/// Adds to the first diagnostic of each code and span the calls that led to its event.
+/// Adds to the first diagnostic of each kind the calls that led to its event.
 pub(super) fn chains(
     request: &Request<'_>,
-    problems: Vec<(Diagnostic, u32)>,
+    problems: Vec<(Diagnostic, Option<u32>)>,
 ) -> Vec<Diagnostic> {
-    let mut seen: BTreeSet<(&'static str, Option<Span>)> = BTreeSet::new();
+    let mut seen = HashSet::new();
     let mut out = Vec::with_capacity(problems.len());
     for (mut d, event) in problems {
-        let first = seen.insert((d.code, d.span));
-        if first && seen.len() <= MAX_REPLAYS && event != u32::MAX {
-            for (function, at) in chain(request, event) {
-                d = d.also(at, format!("in call to {function}"));
-            }
+        let first = seen.insert(Sameness::of(&d).into_owned());
+        if let Some(event) = event.filter(|_| first && seen.len() <= MAX_REPLAYS) {
+            d = super::errors::called(d, chain(request, event));
         }
         out.push(d);
     }
@@ -39,8 +37,5 @@ pub(super) fn chains(
 fn chain(request: &Request<'_>, event: u32) -> Vec<(String, Span)> {
     let (state, failure) = run(request, Some(event));
     drop(take(state));
-    match failure {
-        Some(d) => d.labels.into_iter().map(|l| (l.text, l.span)).collect(),
-        None => Vec::new(),
-    }
+    failure.map_or_else(Vec::new, |f| f.calls)
 }

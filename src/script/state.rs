@@ -11,10 +11,11 @@ use crate::dtype::DType;
 use crate::fp8::ScaleFormat;
 use crate::ir::{
     Dims, Node, NodeId, Op, Param, Pattern, Place, Plan, Rule, Source, SourceFormat, SourceId,
-    SourceScale, Type, infer, show_shape,
+    SourceScale, Type, first_source, infer, show_shape,
 };
 use crate::topo::InferMesh;
 
+use super::limits::{Limits, Stop};
 use super::values::Tensor;
 use super::{Catalog, CatalogEntry, Declared, Request};
 
@@ -27,11 +28,15 @@ pub(super) struct State {
     pub stage: u64,
     pub target: BTreeMap<String, String>,
     pub declared: Declared,
+    pub limits: Limits,
     /// Set when the script declares what the request lacks; the evaluation then starts anew.
     pub restart: bool,
     pub options: BTreeMap<String, String>,
     pub options_seen: BTreeMap<String, String>,
-    pub problems: Vec<(Diagnostic, u32)>,
+    /// Each with the event it belongs to; none for what no single call is to blame for.
+    /// Functions that the plan and its modules define: name, and how it is written.
+    pub functions: Vec<(String, String)>,
+    pub problems: Vec<(Diagnostic, Option<u32>)>,
     pub keep: Vec<Rule>,
     pub drop: Vec<Rule>,
     ignore: Option<Rc<Vec<Pattern>>>,
@@ -62,10 +67,6 @@ struct Extent {
 /// few thousand where experts are stacked.
 const MAX_EXTENT: Extent = Extent { depth: 256, operations: 1 << 18 };
 
-/// Raised when a replayed evaluation reaches its trap.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Trapped;
-
 impl State {
     pub fn new(request: &Request<'_>, files: SourceMap, trap: Option<u32>) -> Self {
         let catalog = request.catalog.map(read_catalog);
@@ -78,9 +79,11 @@ impl State {
             stage: request.at.pp,
             target: request.target.clone(),
             declared: Declared::default(),
+            limits: request.limits.clone(),
             restart: false,
             options: request.options.clone(),
             options_seen: BTreeMap::new(),
+            functions: Vec::new(),
             problems: Vec::new(),
             keep: Vec::new(),
             drop: Vec::new(),
@@ -111,15 +114,21 @@ impl State {
     }
 
     /// Counts one thing the script did. In a replay, the trapped one ends the evaluation.
-    pub fn event(&mut self) -> Result<u32, Trapped> {
+    pub fn event(&mut self) -> Result<u32, Stop> {
         let this = self.events;
+        if self.trap == Some(this) {
+            return Err(Stop::Trap);
+        }
+        if this == self.limits.tensors {
+            return Err(Stop::Tensors);
+        }
         self.events += 1;
-        if self.trap == Some(this) { Err(Trapped) } else { Ok(this) }
+        Ok(this)
     }
 
     /// Records a problem of the event that is under way.
     pub fn problem(&mut self, event: u32, diagnostic: Diagnostic) {
-        self.problems.push((diagnostic, event));
+        self.problems.push((diagnostic, Some(event)));
     }
 
     pub fn type_of(&self, id: NodeId) -> &Type {
@@ -132,7 +141,7 @@ impl State {
     }
 
     /// Adds a node, or reports why it cannot be and gives the empty tensor.
-    pub fn push(&mut self, op: Op, inputs: &[Tensor], span: Span) -> Result<Tensor, Trapped> {
+    pub fn push(&mut self, op: Op, inputs: &[Tensor], span: Span) -> Result<Tensor, Stop> {
         let event = self.event()?;
         let ids: Option<Vec<NodeId>> = inputs.iter().map(|t| t.0).collect();
         let Some(ids) = ids else { return Ok(Tensor(None)) };
@@ -157,7 +166,10 @@ impl State {
                 Ok(Tensor(Some(id)))
             }
             Err(e) => {
-                self.problem(event, type_diagnostic(e, span));
+                let mut d = type_diagnostic(e, span);
+                d.subject =
+                    ids.first().and_then(|id| first_source(&self.nodes, &self.sources, *id));
+                self.problem(event, d);
                 Ok(Tensor(None))
             }
         }
@@ -179,7 +191,7 @@ impl State {
         shape: Dims,
         dtype: DType,
         span: Span,
-    ) -> Result<Tensor, Trapped> {
+    ) -> Result<Tensor, Stop> {
         if let Some(id) = self.source_ids.get(&name).copied() {
             let known = &self.sources[id.0 as usize];
             if known.shape != shape {
@@ -216,7 +228,7 @@ impl State {
     }
 
     /// Reads a source in the type that the plan declares, which its own may widen to.
-    fn read(&mut self, id: SourceId, declared: DType, span: Span) -> Result<Tensor, Trapped> {
+    fn read(&mut self, id: SourceId, declared: DType, span: Span) -> Result<Tensor, Stop> {
         let value = self.push(Op::Source(id), &[], span)?;
         let source = &self.sources[id.0 as usize];
         match source.format {
@@ -366,21 +378,53 @@ impl State {
     }
 
     /// Defines a target parameter.
-    pub fn assign(&mut self, name: String, value: Tensor, span: Span) -> Result<(), Trapped> {
+    pub fn assign(&mut self, name: String, value: Tensor, span: Span) -> Result<(), Stop> {
         let event = self.event()?;
-        if let Some(first) = self.written.get(&name).copied() {
-            let d = Diagnostic::error("E0406", format!("{name} is written twice"))
-                .at(span)
-                .also(first, "written here first")
-                .about(name);
-            self.problem(event, d);
-            return Ok(());
+        let mut names = vec![name.clone()];
+        names.extend(value.0.and_then(|node| self.scale_of(&name, node)));
+        for written in names {
+            if let Some(first) = self.written.get(&written).copied() {
+                let d = Diagnostic::error("E0406", format!("{written} is written twice"))
+                    .at(span)
+                    .also(first, "written here first")
+                    .about(written);
+                self.problem(event, d);
+                return Ok(());
+            }
+            self.written.insert(written, span);
         }
-        self.written.insert(name.clone(), span);
         if let Some(node) = value.0 {
             self.params.push(Param { name, node, span, derived: false, event });
         }
         Ok(())
+    }
+
+    /// The name under which a quantized value's scales are written.
+    fn scale_of(&self, name: &str, node: NodeId) -> Option<String> {
+        let quant = self.type_of(node).quant?;
+        Some(format!("{name}{}", quant.scale_name.suffix()))
+    }
+
+    /// A name that is kept is not written.
+    fn check_kept(&mut self) {
+        let mut clashes = Vec::new();
+        for param in &self.params {
+            let scale = self.scale_of(&param.name, param.node);
+            for name in [Some(&param.name), scale.as_ref()].into_iter().flatten() {
+                if let Some(rule) = self.keep.iter().find(|r| r.pattern.matches(name)) {
+                    let d = Diagnostic::error(
+                        "E0420",
+                        format!("keep(\"{}\") names what the plan writes", rule.pattern.text()),
+                    )
+                    .at(rule.span)
+                    .also(param.span, format!("{name} is written here"))
+                    .hint("make the pattern narrower, or write nothing under this name")
+                    .about(name);
+                    clashes.push((d, Some(param.event)));
+                }
+            }
+        }
+        self.problems.extend(clashes);
     }
 
     /// True if the module path is on the model's own list of modules to leave unquantized.
@@ -400,6 +444,7 @@ impl State {
     /// The last two only of a script that ran to its end.
     pub fn finish(&mut self, complete: bool) {
         self.mark_derived();
+        self.check_kept();
         self.suggest_names();
         if complete {
             self.check_options();
@@ -437,7 +482,7 @@ impl State {
                 .at(param.span)
                 .hint("a derived parameter is made of parameters that have landed, and nothing else")
                 .about(&param.name);
-                mixed.push((d, param.event));
+                mixed.push((d, Some(param.event)));
             }
         }
         self.problems.extend(mixed);
@@ -467,7 +512,7 @@ impl State {
                 true => "the plan declares no options".to_owned(),
                 false => format!("its options are {}", known.join(", ")),
             });
-            self.problems.push((d, u32::MAX));
+            self.problems.push((d, None));
         }
     }
 

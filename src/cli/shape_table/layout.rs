@@ -1,10 +1,9 @@
-//! Lines of a table on paper: columns, widths, wrapping, markdown. Knows nothing of plans.
+//! Lines and columns of a table, what goes around it, and its markdown. Knows nothing of plans.
 
-use comfy_table::{
-    Attribute, Cell, CellAlignment, ContentArrangement, Row, Table, TableStyle as Borders,
-};
+use comfy_table::{Table, TableStyle as Borders};
 
 use super::TableStyle;
+use super::text::{pack, text};
 
 /// What a line is, which decides how it looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +21,30 @@ pub(super) enum LineKind {
     Total,
 }
 
+/// Where a value is from, in words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sourced {
+    /// `view of`, or nothing.
+    pub lead: &'static str,
+    pub names: String,
+    /// True if `names` is a remark and no names.
+    pub remark: bool,
+    pub notes: Vec<String>,
+}
+
+impl Sourced {
+    pub fn text(&self) -> String {
+        self.written(|names| names.to_owned())
+    }
+
+    fn written(&self, names: impl Fn(&str) -> String) -> String {
+        let space = if self.lead.is_empty() { "" } else { " " };
+        let mut parts = vec![format!("{}{space}{}", self.lead, names(&self.names))];
+        parts.extend(self.notes.iter().cloned());
+        parts.join(" · ")
+    }
+}
+
 /// One line; a field is a column.
 #[derive(Clone, Debug)]
 pub(super) struct Line {
@@ -33,7 +56,7 @@ pub(super) struct Line {
     pub scale: String,
     pub bytes: String,
     pub total: String,
-    pub source: String,
+    pub source: Sourced,
 }
 
 impl Line {
@@ -48,11 +71,12 @@ impl Line {
             scale: empty(),
             bytes: empty(),
             total: empty(),
-            source: empty(),
+            source: Sourced::default(),
         }
     }
 
-    fn cells(&self) -> [&str; COLUMNS] {
+    /// Every column but the last, which is made of parts.
+    pub fn cells(&self) -> [&str; SOURCE] {
         [
             &self.name,
             &self.full,
@@ -61,11 +85,10 @@ impl Line {
             &self.scale,
             &self.bytes,
             &self.total,
-            &self.source,
         ]
     }
 
-    fn indent(&self) -> usize {
+    pub fn indent(&self) -> usize {
         match self.kind {
             LineKind::Inner | LineKind::Derived { inside: true } => 2,
             _ => 0,
@@ -78,27 +101,21 @@ pub(super) struct Grid {
     pub lines: Vec<Line>,
 }
 
-const COLUMNS: usize = 8;
-const TITLES: [&str; COLUMNS] =
-    ["parameter", "full shape", "per rank", "type", "scale", "bytes", "total", "source"];
-const NAME: usize = 0;
-const SOURCE: usize = COLUMNS - 1;
+pub(super) const COLUMNS: usize = 8;
+pub(super) const TITLES: [&str; COLUMNS] =
+    ["parameter", "full shape", "per rank", "dtype", "scale", "bytes", "total", "source"];
+pub(super) const NAME: usize = 0;
+pub(super) const SCALE: usize = 4;
+pub(super) const SOURCE: usize = COLUMNS - 1;
 /// Columns that are left out where they say nothing.
-const OPTIONAL: [usize; 2] = [4, 6];
+const OPTIONAL: [usize; 2] = [SCALE, 6];
 /// Columns whose right ends line up.
-const RIGHT: [usize; 4] = [1, 2, 5, 6];
-/// Between columns.
-const GAP: usize = 2;
-/// Names and sources are not wrapped below these widths.
-const LEAST_NAME: usize = 24;
-const LEAST_SOURCE: usize = 24;
+pub(super) const RIGHT: [usize; 4] = [1, 2, 5, 6];
 /// A source that needs no line of its own.
 pub(super) const SAME: &str = "same name";
-/// Second line of the title over names with their sources below.
-const BELOW: &str = "\n  ← source unless same name";
 
 impl Grid {
-    fn columns(&self) -> Vec<usize> {
+    pub fn columns(&self) -> Vec<usize> {
         let used = |c: &usize| {
             !OPTIONAL.contains(c) || self.lines.iter().any(|l| !l.cells()[*c].is_empty())
         };
@@ -111,12 +128,10 @@ pub(super) fn heading(parts: &[String], style: TableStyle, width: u16) -> String
     match style {
         TableStyle::Markdown => {
             let [plan, rest @ ..] = parts else { return String::new() };
-            let rest: Vec<String> = rest.iter().map(|p| escaped(p)).collect();
-            format!("## {}\n\n{}\n", escaped(plan), rest.join(" · "))
+            let rest: Vec<String> = rest.iter().map(|p| code(p)).collect();
+            format!("## {}\n\n{}\n", code(plan), rest.join(" · "))
         }
-        TableStyle::Plain | TableStyle::Styled => {
-            wrap(&parts.join(" · "), width.into(), 2).join("\n") + "\n"
-        }
+        TableStyle::Plain | TableStyle::Styled => pack(parts, width.into()),
     }
 }
 
@@ -137,8 +152,14 @@ pub(super) fn grid(grid: &Grid, style: TableStyle, width: u16) -> String {
 }
 
 /// Totals, and the rules for what is left alone.
-pub(super) fn footer(totals: &[String], rules: &[[String; 3]], style: TableStyle) -> String {
-    let mut out = format!("\n{}\n", totals.join(" · "));
+pub(super) fn footer(
+    totals: &[String],
+    rules: &[[String; 3]],
+    style: TableStyle,
+    width: u16,
+) -> String {
+    let width = if style == TableStyle::Markdown { usize::MAX } else { width.into() };
+    let mut out = format!("\n{}", pack(totals, width));
     if rules.is_empty() {
         return out;
     }
@@ -153,163 +174,10 @@ pub(super) fn footer(totals: &[String], rules: &[[String; 3]], style: TableStyle
     table.load_style(Borders::new()).force_no_tty();
     table.add_rows(rules.iter().cloned());
     for column in table.column_iter_mut() {
-        column.set_padding((0, GAP as u16));
+        column.set_padding((0, 2));
     }
     out.push_str(&(table.trim_fmt() + "\n"));
     out
-}
-
-/// Where the sources go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fit {
-    /// In a column of their own, of this width.
-    Beside(usize),
-    /// On a line of their own below the name, which is wrapped at this width.
-    Below(usize),
-    /// The width is too small for anything but squeezing every column.
-    Squeezed,
-}
-
-impl Fit {
-    fn of(grid: &Grid, columns: &[usize], width: usize) -> Fit {
-        let widest = |c: usize| {
-            let lines = grid.lines.iter().map(|l| {
-                let indent = if c == NAME { l.indent() } else { 0 };
-                indent + l.cells()[c].chars().count()
-            });
-            lines.max().unwrap_or(0).max(TITLES[c].len())
-        };
-        let fixed = columns.iter().filter(|c| ![NAME, SOURCE].contains(c));
-        let fixed: usize = fixed.map(|c| widest(*c) + GAP).sum();
-        let (name, source) = (widest(NAME), widest(SOURCE));
-        let left = width.saturating_sub(fixed + name + GAP);
-        if left >= source || (left >= LEAST_SOURCE && 2 * left >= source) {
-            return Fit::Beside(left.min(source));
-        }
-        match width.checked_sub(fixed) {
-            Some(left) if left >= LEAST_NAME => Fit::Below(left.min(name)),
-            _ => Fit::Squeezed,
-        }
-    }
-}
-
-fn text(grid: &Grid, style: TableStyle, width: u16) -> String {
-    let mut columns = grid.columns();
-    let fit = Fit::of(grid, &columns, width.into());
-    let mut titles = TITLES.map(str::to_owned);
-    let mut name_width = usize::MAX;
-    if let Fit::Below(width) = fit {
-        columns.retain(|c| *c != SOURCE);
-        titles[NAME].push_str(BELOW);
-        name_width = width;
-    }
-    let mut table = Table::new();
-    table.load_style(Borders::new()).force_no_tty();
-    if fit == Fit::Squeezed {
-        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
-    }
-    if style == TableStyle::Styled {
-        table.enforce_styling().style_text_only();
-    }
-    let heads = columns.iter().map(|c| bold(Cell::new(&titles[*c])));
-    table.set_header(heads);
-    // Two lines of titles where sources lie below.
-    let mut at = 2;
-    let mut below: Vec<(usize, String)> = Vec::new();
-    for (i, line) in grid.lines.iter().enumerate() {
-        let heads = matches!(line.kind, LineKind::Section | LineKind::Total);
-        if heads && i > 0 {
-            table.add_row(Row::new());
-            at += 1;
-        }
-        let names = wrap(&line.name, name_width.saturating_sub(line.indent()), 2);
-        at += names.len();
-        if matches!(fit, Fit::Below(_)) && !line.source.is_empty() && line.source != SAME {
-            below.push((at, arrow(line, style, width)));
-        }
-        let pad = " ".repeat(line.indent());
-        let name = names.iter().map(|l| format!("{pad}{l}")).collect::<Vec<_>>().join("\n");
-        let cells = line.cells();
-        table.add_row(columns.iter().map(|c| {
-            let cell = match (*c, fit) {
-                (NAME, _) => Cell::new(&name),
-                (SOURCE, Fit::Beside(width)) => {
-                    Cell::new(wrap(cells[SOURCE], width, 2).join("\n"))
-                }
-                (c, _) => Cell::new(cells[c]),
-            };
-            match line.kind {
-                LineKind::Section | LineKind::Total => bold(cell),
-                LineKind::Derived { .. } => cell.add_attribute(Attribute::Dim),
-                LineKind::Outer | LineKind::Inner => cell,
-            }
-        }));
-    }
-    for (at, column) in table.column_iter_mut().enumerate() {
-        let last = at + 1 == columns.len();
-        column.set_padding((0, if last { 0 } else { GAP as u16 }));
-        if columns.get(at).is_some_and(|c| RIGHT.contains(c)) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    let rule = rule(&table, fit, width);
-    let titles = if matches!(fit, Fit::Below(_)) { 2 } else { 1 };
-    let mut out = rule.clone();
-    let mut below = below.iter().peekable();
-    for (at, line) in table.lines().enumerate() {
-        if at == titles {
-            out.push_str(&rule);
-        }
-        while let Some((_, arrow)) = below.next_if(|b| b.0 == at) {
-            out.push_str(arrow);
-        }
-        out.push_str(line.trim_end());
-        out.push('\n');
-    }
-    out + rule.as_str()
-}
-
-/// A line as wide as the table.
-fn rule(table: &Table, fit: Fit, width: u16) -> String {
-    let widths = table.column_max_content_widths();
-    let gaps = GAP * widths.len().saturating_sub(1);
-    let natural = widths.iter().map(|w| usize::from(*w)).sum::<usize>() + gaps;
-    let all = if fit == Fit::Squeezed { width.into() } else { natural };
-    "─".repeat(all) + "\n"
-}
-
-fn bold(cell: Cell) -> Cell {
-    cell.add_attribute(Attribute::Bold)
-}
-
-/// The line below a name that says where it is from.
-fn arrow(line: &Line, style: TableStyle, width: u16) -> String {
-    let pad = " ".repeat(line.indent() + 2);
-    let room = usize::from(width).saturating_sub(pad.len());
-    let lines = wrap(&format!("← {}", line.source), room, 2);
-    let styled = lines.iter().map(|l| match style {
-        TableStyle::Styled => format!("{pad}\u{1b}[2m{l}\u{1b}[0m\n"),
-        _ => format!("{pad}{l}\n"),
-    });
-    styled.collect()
-}
-
-/// Breaks text after dots, commas and spaces; lines after the first are indented.
-fn wrap(text: &str, width: usize, indent: usize) -> Vec<String> {
-    let mut lines = Vec::new();
-    let (mut line, mut used) = (String::new(), 0);
-    for token in text.split_inclusive(['.', ',', ' ']) {
-        let length = token.trim_end().chars().count();
-        if used > 0 && used + length > width {
-            lines.push(line.trim_end().to_owned());
-            line = " ".repeat(indent);
-            used = indent;
-        }
-        line.push_str(token);
-        used += token.chars().count();
-    }
-    lines.push(line.trim_end().to_owned());
-    lines
 }
 
 fn markdown(grid: &Grid) -> String {
@@ -320,11 +188,15 @@ fn markdown(grid: &Grid) -> String {
     let rules = columns.iter().map(|c| if RIGHT.contains(c) { "---:" } else { "---" });
     push(rules.map(str::to_owned).collect());
     for line in &grid.lines {
-        let cells = line.cells();
         let bold = matches!(line.kind, LineKind::Section | LineKind::Total);
         let shown = columns.iter().map(|c| {
-            let name = *c == NAME && line.kind != LineKind::Total;
-            let text = if name { code(cells[*c]) } else { escaped(cells[*c]) };
+            let text = match *c {
+                NAME if line.kind != LineKind::Total => code(&line.name),
+                SOURCE if line.source.remark => line.source.text(),
+                SOURCE if line.source.names.is_empty() => String::new(),
+                SOURCE => line.source.written(code),
+                c => escaped(line.cells()[c]),
+            };
             if bold && !text.is_empty() { format!("**{text}**") } else { text }
         });
         push(shown.collect());
@@ -336,7 +208,7 @@ fn markdown(grid: &Grid) -> String {
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        if matches!(c, '|' | '*' | '_' | '`' | '<' | '\\') {
+        if matches!(c, '|' | '*' | '`' | '<' | '\\') {
             out.push('\\');
         }
         out.push(c);

@@ -327,7 +327,7 @@ fn runs(numbers: &[u64]) -> String {
     while let [first, tail @ ..] = rest {
         let step = tail.first().map_or(0, |second| second - first);
         let steps = rest.windows(2).take_while(|w| w[1] - w[0] == step).count();
-        if steps >= 2 {
+        if steps >= 2 || (steps == 1 && step == 1) {
             let last = rest[steps];
             let by = if step == 1 { String::new() } else { format!(" by {step}") };
             parts.push(format!("{first}..{last}{by}"));
@@ -353,7 +353,8 @@ mod tests {
     fn numbers_fold_to_runs() {
         let of = |n: &[u64]| ranges(n);
         assert_eq!(of(&[7]), "7");
-        assert_eq!(of(&[3, 4]), "3,4");
+        assert_eq!(of(&[3, 4]), "3..4");
+        assert_eq!(of(&[3, 5]), "3,5");
         assert_eq!(of(&[0, 1, 2, 6, 10, 14]), "0..2,6..14 by 4");
         assert_eq!(of(&[0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14]), "0..14 but 3..11 by 4");
         assert_eq!(of(&[]), "");
@@ -381,7 +382,7 @@ mod tests {
             folded(&["m.layers.3.w", "model.layers.2.w"]),
             "m.layers.*.w, model.layers.2.w"
         );
-        assert_eq!(folded(&["a.0.b.0", "a.1.b.1"]), "some of a.{0,1}.b.{0,1}");
+        assert_eq!(folded(&["a.0.b.0", "a.1.b.1"]), "some of a.{0..1}.b.{0..1}");
         assert_eq!(folded(&["é_a", "è_a"]), "{é,è}_a");
     }
 

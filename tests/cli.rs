@@ -1,0 +1,125 @@
+//! The binary's wiring: exit statuses, help, output that is the same in every process.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn engine(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_engine")).args(args).output().unwrap()
+}
+
+fn stdout(args: &[&str]) -> String {
+    let out = engine(args);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn help_says_what_each_command_takes() {
+    insta::assert_snapshot!("help", stdout(&["--help"]));
+    for command in ["dry-run", "run", "check", "verify", "explain"] {
+        insta::assert_snapshot!(format!("help-{command}"), stdout(&[command, "--help"]));
+    }
+}
+
+#[test]
+fn dry_run_is_the_same_in_every_process() {
+    for emit in ["shapes", "plan", "shards", "program", "graph"] {
+        let args = ["dry-run", "plans/quickstart.rhai", "--format", "json", "--emit", emit];
+        let first = stdout(&args);
+        assert!(!first.is_empty());
+        assert_eq!(first, stdout(&args), "{emit}");
+    }
+}
+
+#[test]
+fn quickstart_runs_verifies_and_is_replaced_only_when_forced() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let out = out.to_str().unwrap();
+    let run = ["run", "plans/quickstart.rhai", "--out", out];
+    assert!(stdout(&run).contains("for 2 ranks"));
+    assert!(stdout(&["verify", out]).starts_with("verified: 56 tensors of 2 ranks"));
+    let again = engine(&run);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("E0603"));
+    assert!(
+        stdout(&["run", "plans/quickstart.rhai", "--out", out, "--force", "--verify"])
+            .contains("verified")
+    );
+}
+
+#[test]
+fn verify_finds_one_changed_byte_and_says_where() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    stdout(&["run", "plans/quickstart.rhai", "--out", out.to_str().unwrap()]);
+    let file = out.join("rank-1/model-rank-1-part-0.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let found = engine(&["verify", out.to_str().unwrap()]);
+    assert_eq!(found.status.code(), Some(4));
+    let text = String::from_utf8_lossy(&found.stderr).into_owned();
+    assert!(text.contains("E0606") && text.contains("differs in 1 of"), "{text}");
+}
+
+#[test]
+fn exit_statuses_tell_refusal_usage_and_device_apart() {
+    let status = |args: &[&str]| engine(args).status.code();
+    assert_eq!(status(&["dry-run", "plans/missing.rhai"]), Some(1));
+    assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--infer", "tp=3"]), Some(1));
+    assert_eq!(status(&["dry-run"]), Some(2));
+    assert_eq!(status(&["explain", "E9999"]), Some(2));
+    assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--set", "quant"]), Some(2));
+    assert_eq!(status(&["run", "plans/quickstart.rhai", "--backend", "cuda"]), Some(3));
+}
+
+#[test]
+fn explain_knows_every_code_in_either_case() {
+    assert!(stdout(&["explain", "e0304"]).starts_with("E0304: "));
+}
+
+#[test]
+fn check_compares_with_vllms_own_table() {
+    let table = "tests/data/manifests/qwen3_moe/qwen3-30b-a3b.tp1.fp8_block.rank0.json";
+    let text: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(table).unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.json");
+    std::fs::write(&config, text["hf_config"].to_string()).unwrap();
+    let config = config.to_str().unwrap();
+    let plan = "plans/qwen3_moe.rhai";
+    let fits = stdout(&["check", plan, "--model", config, "--manifest", table]);
+    assert!(fits.starts_with("fits: "), "{fits}");
+    // The plan for bf16 against a receiver in FP8: every difference, and none of them silent.
+    let args = ["check", plan, "--model", config, "--set", "quant=bf16", "--manifest", table];
+    let differs = engine(&args);
+    assert_eq!(differs.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&differs.stderr).into_owned();
+    assert!(text.contains("E0410") && text.contains("E0407"), "{text}");
+}
+
+#[test]
+fn diagnostics_are_json_lines_when_asked() {
+    let out =
+        engine(&["dry-run", "plans/quickstart.rhai", "--infer", "tp=3", "--format", "json"]);
+    let text = String::from_utf8(out.stderr).unwrap();
+    let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(
+        (first["code"].as_str(), first["severity"].as_str()),
+        (Some("E0302"), Some("error"))
+    );
+    assert!(first["line"].as_u64().unwrap() > 1);
+}
+
+#[test]
+fn nothing_is_written_when_a_plan_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args =
+        ["run", "plans/quickstart.rhai", "--infer", "tp=3", "--out", out.to_str().unwrap()];
+    assert_eq!(engine(&args).status.code(), Some(1));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    assert!(!Path::new(&out).exists());
+}
