@@ -2,15 +2,22 @@
 
 #[path = "laws/cases.rs"]
 mod cases;
+#[path = "laws/cpu.rs"]
+mod cpu;
+#[path = "laws/limits.rs"]
+mod limits;
 #[path = "laws/pieces.rs"]
 mod pieces;
 #[path = "laws/world.rs"]
 mod world;
 
+use std::collections::BTreeMap;
+
 use kernelcast::backend::reference::{Oracle, Stored};
 use kernelcast::compile::Compiled;
 use kernelcast::dtype::DType;
 use kernelcast::ir::Place;
+use kernelcast::verify::{FileTensor, verify_rank};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -18,8 +25,9 @@ use proptest::test_runner::FileFailurePersistence;
 use cases::Case;
 use world::{Values, World, compile_case};
 
-/// Evaluates all targets of one rank of a compiled plan, in the plan's order.
-type Evaluator = fn(&Compiled, &World, usize) -> Vec<Stored>;
+/// Evaluates a compiled plan: for each rank its targets in the plan's order, none for what it
+/// does not store.
+type Evaluator = fn(&Compiled, &World) -> Vec<Vec<Option<Stored>>>;
 
 /// Law 1: what an evaluator makes of a rank is what the oracle finds, bit for bit.
 fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evaluator) {
@@ -32,15 +40,20 @@ fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evalua
             return;
         }
     };
-    for (number, rank) in compiled.program.ranks.iter().enumerate() {
+    let evaluated = evaluate(&compiled, &world);
+    assert_eq!(evaluated.len(), compiled.program.ranks.len());
+    for (rank, found) in compiled.program.ranks.iter().zip(evaluated) {
         let plan = &compiled.stages[rank.coords.pp as usize];
         let place = Place::of(&compiled.mesh, rank.coords);
         let oracle = Oracle::new(plan, place, &case.experts, &world).expect("it was compiled");
-        let found = evaluate(&compiled, &world, number);
         assert_eq!(found.len(), plan.params.len());
         for (param, found) in plan.params.iter().zip(found) {
+            let Some(found) = found else { continue };
             let expected = oracle.param(param).expect("every source is there");
-            assert_eq!(found, expected, "{} on rank {}", param.name, rank.rank);
+            let what = format!("{} on rank {}", param.name, rank.rank);
+            equal(&found.values, &expected.values, &format!("values of {what}"));
+            let scales = |s: &Stored| s.scales.clone().unwrap_or_default();
+            equal(&scales(&found), &scales(&expected), &format!("scales of {what}"));
         }
     }
 }
@@ -55,6 +68,17 @@ fn config() -> ProptestConfig {
     }
 }
 
+/// Says where bytes differ, not what they all are.
+fn equal(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len(), "length of {what}");
+    if let Some(at) = (0..found.len()).find(|i| found[*i] != expected[*i]) {
+        let part =
+            |bytes: &[u8]| bytes[at / 4 * 4..].iter().take(8).copied().collect::<Vec<_>>();
+        let (found, expected) = (part(found), part(expected));
+        panic!("{what} differ at byte {at}: {found:02x?} instead of {expected:02x?}");
+    }
+}
+
 fn case() -> impl Strategy<Value = Case> {
     vec(any::<u32>(), 0..120).prop_map(cases::make)
 }
@@ -65,6 +89,11 @@ proptest! {
     #[test]
     fn pieces_are_what_the_oracle_finds(case in case(), seed: u64) {
         check_against_oracle(&case, seed, Values::Any, pieces::evaluate);
+    }
+
+    #[test]
+    fn the_cpu_backend_writes_what_the_oracle_finds(case in case(), seed: u64) {
+        check_against_oracle(&case, seed, Values::Any, cpu::evaluate);
     }
 
     #[test]
@@ -200,6 +229,64 @@ fn elements(compiled: &Compiled, world: &World, rank: usize) -> (Vec<(u8, u32)>,
     };
     let codes = stored.values.into_iter();
     (codes.enumerate().map(|(i, c)| (c, scale(i as u64))).collect(), t.shape.to_vec())
+}
+
+/// What `verify` says of a rank's own bytes, and of one that was changed.
+#[test]
+fn verification_names_the_first_difference() {
+    let case = Case {
+        text: "let b = at(\"m\"); b[\"p\"] = b.src(\"s\", [8, 40]).shard(0, tp).quantize(\
+               fp8::vllm.block(32));"
+            .to_owned(),
+        infer: "tp=2".to_owned(),
+        block: 128,
+        sources: vec![cases::SourceTensor {
+            name: "m.s".to_owned(),
+            dtype: DType::Bf16,
+            shape: vec![8, 40],
+        }],
+        experts: Default::default(),
+    };
+    let world = World::random(&case.sources, 3, Values::Finite);
+    let compiled = compile_case(&case, &world).expect("the plan is right");
+    let coords = compiled.program.ranks[1].coords;
+    let place = Place::of(&compiled.mesh, coords);
+    let oracle = Oracle::new(&compiled.stages[0], place, &case.experts, &world).expect("right");
+    let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut tensors = Vec::new();
+    let stored = cpu::evaluate(&compiled, &world).remove(1).remove(0).expect("it is stored");
+    let contents = [stored.values, stored.scales.expect("it is quantized")];
+    for (storage, bytes) in compiled.program.ranks[1].targets[0].storages.iter().zip(contents) {
+        files.insert(storage.name.clone(), bytes);
+        let (name, dtype, shape) = (storage.name.clone(), storage.dtype, storage.shape.clone());
+        tensors.push(FileTensor { name, dtype, shape });
+    }
+    let check = |files: &BTreeMap<String, Vec<u8>>, tensors: &[FileTensor]| -> Vec<String> {
+        let read = |name: &str| Ok(files[name].clone());
+        let found = verify_rank(&oracle, 1, tensors, &read).expect("everything is read");
+        found.into_iter().map(|m| m.diagnostic().message).collect()
+    };
+    assert_eq!(check(&files, &tensors), Vec::<String>::new());
+
+    let codes = files.get_mut("m.p").expect("it is there");
+    (codes[85], codes[90]) = (codes[85] ^ 1, codes[90] ^ 0x80);
+    let found = check(&files, &tensors);
+    assert!(
+        found.len() == 1
+            && found[0]
+                .starts_with("m.p of rank 1 differs in 2 of 160 elements, first at [2, 5]:"),
+        "{found:?}"
+    );
+    tensors[1].shape[0] = 2;
+    tensors[0].name = "m.q".to_owned();
+    assert_eq!(
+        check(&files, &tensors),
+        [
+            "m.p is missing on rank 1",
+            "m.p_scale_inv of rank 1 is f32 [2, 2], the plan makes f32 [1, 2]",
+            "rank 1 holds m.q, which the plan does not define",
+        ]
+    );
 }
 
 /// The cases say something: nearly all compile, and every word of the language is in some.

@@ -77,15 +77,30 @@ impl SourceMap {
         Some(text.strip_suffix('\r').unwrap_or(text))
     }
 
-    /// The span of the token that starts at a point: an identifier, or one character.
+    /// The span of the token that starts at a point: an identifier, a text in quotes, an index
+    /// `["name"]`, or one character. A dot stands for the property behind it.
     pub fn token_at(&self, file: FileId, line: u32, column: u32) -> Span {
         let text = self.line(file, line).unwrap_or("");
-        let word = text
-            .chars()
-            .skip(column.saturating_sub(1) as usize)
-            .take_while(|c| c.is_alphanumeric() || *c == '_')
-            .count() as u32;
-        Span { file, line, column, len: word.max(1) }
+        let rest = || text.chars().skip(column.saturating_sub(1) as usize);
+        let word = |c: &char| c.is_alphanumeric() || *c == '_';
+        let mut first = rest();
+        let len = match (first.next(), first.next()) {
+            (Some('.'), Some(c)) if c.is_alphabetic() => {
+                return self.token_at(file, line, column + 1);
+            }
+            (Some('"'), _) => quoted(rest()),
+            (Some('['), Some('"')) => quoted(rest().skip(1)).map(|n| n + 2),
+            _ => None,
+        };
+        let len = len.unwrap_or_else(|| rest().take_while(word).count() as u32);
+        Span { file, line, column, len: len.max(1) }
+    }
+
+    /// True if a parenthesis follows right behind the span.
+    pub fn opens_call(&self, span: Span) -> bool {
+        let text = self.line(span.file, span.line).unwrap_or("");
+        let behind = span.column.saturating_sub(1) + span.len;
+        text.chars().nth(behind as usize) == Some('(')
     }
 
     /// `plans/qwen3.rhai:9:10`, the form that tables and JSON use.
@@ -96,4 +111,11 @@ impl SourceMap {
     fn file(&self, file: FileId) -> Option<&File> {
         self.files.get(file.0 as usize)
     }
+}
+
+/// Characters of a text from its opening to its closing quote; none without one in the line.
+fn quoted(mut text: impl Iterator<Item = char>) -> Option<u32> {
+    text.next()?;
+    let inside = text.position(|c| c == '"')?;
+    Some(inside as u32 + 2)
 }

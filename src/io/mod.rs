@@ -1,11 +1,6 @@
 //! Files in and out: safetensors checkpoints, rank files, JSON manifests.
 //! Knows nothing of plans, shards or devices.
 
-#![allow(
-    clippy::result_large_err,
-    reason = "a failed read or write ends the run; its size does not matter"
-)]
-
 mod checkpoint;
 mod checksum;
 mod config;

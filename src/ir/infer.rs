@@ -1,10 +1,19 @@
 //! THE function that says what an operation's result looks like. Knows mesh sizes only as numbers.
 
+mod quantized;
+
 use crate::dtype::DType;
-use crate::fp8::{RecipeKind, ScaleFormat};
 
 use super::op::reshape_dims;
 use super::{Dims, Op, Place, Plan, Quant, ScaleName, Source, SourceFormat, Type, show_shape};
+
+use quantized::{dequantize, quantize, refine};
+
+/// Said where a size surprises.
+const LOCAL: &str = "sizes are those of one rank, after every cut so far";
+
+/// Most experts in one tensor; each is a piece of its own.
+const MOST_EXPERTS: u64 = 1 << 20;
 
 /// Why an operation is refused; the caller adds the place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +131,17 @@ fn source_type(source: &Source) -> Result<Type, TypeError> {
             }),
         ),
     };
+    if quant.is_some() && source.shape.len() < 2 {
+        return hinted(
+            "E0206",
+            format!(
+                "block scales need a matrix, {} is {}",
+                source.name,
+                show_shape(&source.shape)
+            ),
+            "name the stored type to read the codes alone: src(.., .., e4m3)",
+        );
+    }
     checked(Type { shape: source.shape.clone(), dtype, quant })
 }
 
@@ -140,7 +160,12 @@ fn dim_of(t: &Type, dim: usize) -> Result<u64, TypeError> {
     match t.shape.get(dim) {
         Some(size) => Ok(*size),
         None => {
-            bad("E0202", format!("there is no dimension {dim} in {}", show_shape(&t.shape)))
+            let shape = show_shape(&t.shape);
+            hinted(
+                "E0202",
+                format!("there is no dimension {dim} in {shape}"),
+                "dimensions count from 0",
+            )
         }
     }
 }
@@ -155,7 +180,11 @@ fn divide(size: u64, parts: u64, what: &str, dim: usize) -> Result<u64, TypeErro
     if size.is_multiple_of(parts) {
         return Ok(size / parts);
     }
-    bad("E0301", format!("{what} does not divide dimension {dim} of size {size}"))
+    hinted(
+        "E0301",
+        format!("{what} does not divide dimension {dim} of size {size}"),
+        "choose an axis size that divides it; where the receiver pads, write .pad_to first",
+    )
 }
 
 /// Rows a rank takes and how many ranks in a row share one head.
@@ -167,7 +196,11 @@ pub(crate) fn head_rows(
 ) -> Result<(u64, u64), TypeError> {
     let rows = dim_of(t, 0)?;
     if heads == 0 || !rows.is_multiple_of(heads) {
-        return bad("E0302", format!("{rows} rows are not {heads} equal heads"));
+        return hinted(
+            "E0302",
+            format!("{rows} rows are not {heads} equal heads"),
+            "count query heads for q, key-value heads for k and v",
+        );
     }
     let head = rows / heads;
     if heads.is_multiple_of(ranks) {
@@ -308,14 +341,22 @@ fn stack(inputs: &[&Type]) -> Result<Type, TypeError> {
 fn slice(t: &Type, dim: usize, start: u64, end: u64) -> Result<Type, TypeError> {
     let size = dim_of(t, dim)?;
     if start >= end || end > size {
-        return bad("E0203", format!("{start}..{end} is not a part of 0..{size}"));
+        return hinted(
+            "E0203",
+            format!("the slice {start}..{end} is not within dimension {dim} of size {size}"),
+            LOCAL,
+        );
     }
     if let Some(q) = t.quant
         && in_matrix(t, dim)
     {
         for cut in [start, end] {
             if cut != size && !cut.is_multiple_of(q.block) {
-                cut_label("the slice", size, end - start, Err((cut, q.block)))?;
+                return hinted(
+                    "E0304",
+                    format!("a cut at {cut} crosses a quantization block of {}", q.block),
+                    format!("cut at a multiple of {}, or before .quantize", q.block),
+                );
             }
         }
     }
@@ -324,7 +365,14 @@ fn slice(t: &Type, dim: usize, start: u64, end: u64) -> Result<Type, TypeError> 
 
 fn reshape(t: &Type, shape: &[i64]) -> Result<Type, TypeError> {
     let Some(dims) = reshape_dims(shape, t.elements()) else {
-        return bad("E0204", format!("{} does not reshape to {shape:?}", show_shape(&t.shape)));
+        let message = format!("{} does not reshape to {shape:?}", show_shape(&t.shape));
+        let given = shape.iter().filter(|s| **s >= 0).try_fold(1i64, |a, s| a.checked_mul(*s));
+        let counts = given.map(|n| match shape.contains(&-1) {
+            true => format!("{} elements are no multiple of {n}", t.elements()),
+            false => format!("{} elements are not {n}", t.elements()),
+        });
+        let hint = Some(format!("{LOCAL}; one size may be -1"));
+        return Err(TypeError { code: "E0204", message, label: counts, hint });
     };
     if let Some(q) = t.quant {
         let row = |s: &[u64]| (s.len() >= 2).then(|| (s[s.len() - 2], s[s.len() - 1]));
@@ -364,7 +412,7 @@ fn permute(t: &Type, dims: &[usize]) -> Result<Type, TypeError> {
     if dims.len() != rank {
         return bad("E0202", format!("{dims:?} names {} of {rank} dimensions", dims.len()));
     }
-    if t.quant.is_some() && !dims[rank - 2..].iter().all(|d| in_matrix(t, *d)) {
+    if t.quant.is_some() && !dims[rank.saturating_sub(2)..].iter().all(|d| in_matrix(t, *d)) {
         return bad(
             "E0208",
             "a permute may not move a quantized value's last two dimensions away",
@@ -408,6 +456,9 @@ fn cast(t: &Type, dtype: DType) -> Result<Type, TypeError> {
 
 fn experts(t: &Type, place: &Place, axis: crate::topo::Axis) -> Result<Type, TypeError> {
     let count = dim_of(t, 0)?;
+    if count > MOST_EXPERTS {
+        return bad("E0209", format!("{count} experts are more than {MOST_EXPERTS}"));
+    }
     if t.quant.is_some() && in_matrix(t, 0) {
         return bad("E0208", "experts of a quantized matrix: dimension 0 must lead two others");
     }
@@ -442,66 +493,6 @@ fn float_only(t: &Type, op: &str) -> Result<(), TypeError> {
         return bad("E0205", format!("`{op}` needs f32, bf16 or f16, this is {}", t.dtype));
     }
     Ok(())
-}
-
-fn quantize(
-    t: &Type,
-    kind: RecipeKind,
-    block: u64,
-    scales: ScaleFormat,
-    scale_name: ScaleName,
-) -> Result<Type, TypeError> {
-    if let Some(q) = t.quant {
-        let hint = "re-quantizing is written .dequantize(f32).quantize(..)";
-        if q.block != block {
-            return hinted(
-                "E0207",
-                format!("already quantized with blocks of {}, not {block}", q.block),
-                hint,
-            );
-        }
-        if kind == RecipeKind::Ue8m0 {
-            return hinted(
-                "E0207",
-                "already quantized; its scales need not be powers of two",
-                hint,
-            );
-        }
-        return Ok(Type { quant: Some(Quant { scale_name, ..q }), ..t.clone() });
-    }
-    float_only(t, "quantize")?;
-    if t.shape.len() < 2 {
-        return hinted(
-            "E0206",
-            format!("quantize needs a matrix, this is {}", show_shape(&t.shape)),
-            "vectors stay in their own type",
-        );
-    }
-    let quant = Some(Quant { block, scales, scale_name });
-    Ok(Type { shape: t.shape.clone(), dtype: DType::E4m3, quant })
-}
-
-fn refine(t: &Type, block: u64) -> Result<Type, TypeError> {
-    let Some(q) = t.quant else {
-        return bad("E0208", "refine of a value that is not quantized");
-    };
-    if block == 0 || !q.block.is_multiple_of(block) {
-        return bad(
-            "E0210",
-            format!("a block of {} is not made of blocks of {block}", q.block),
-        );
-    }
-    Ok(Type { quant: Some(Quant { block, ..q }), ..t.clone() })
-}
-
-fn dequantize(t: &Type, dtype: DType) -> Result<Type, TypeError> {
-    if !dtype.is_float() {
-        return bad("E0205", format!("dequantize gives f32, bf16 or f16, not {dtype}"));
-    }
-    if t.quant.is_none() {
-        return cast(t, dtype);
-    }
-    checked(Type::plain(t.shape.clone(), dtype))
 }
 
 fn add(inputs: &[&Type]) -> Result<Type, TypeError> {

@@ -78,7 +78,11 @@ fn config_get(
             )
             .at(span_of(&state.borrow(), ctx))
             .note("the plan asks for it here without a default");
-            d.hint = Some(match super::errors::nearest(key, keys.unwrap_or_default()) {
+            let near = super::errors::nearest(key, keys.unwrap_or_default());
+            d.hint = Some(match near.filter(|_| found.is_none()) {
+                None if found.is_some() => {
+                    format!("say what null means: model.get(\"{key}\", ..)")
+                }
                 Some(near) => format!("did the plan mean `{near}`?"),
                 None => format!(
                     "is this the right model for the plan? Else give a default: \

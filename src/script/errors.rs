@@ -155,7 +155,8 @@ pub(super) fn translate(state: &State, error: EvalAltResult) -> Failure {
                 error = *inner;
             }
             EvalAltResult::ErrorInModule(name, inner, at) => {
-                calls.push((format!("import \"{name}\""), state.point(source.as_deref(), at)));
+                calls.push((format!("import of {name}"), state.point(source.as_deref(), at)));
+                source = Some(name);
                 error = *inner;
             }
             other => {
@@ -165,8 +166,36 @@ pub(super) fn translate(state: &State, error: EvalAltResult) -> Failure {
         }
     }
     calls.reverse();
-    let at = state.point(source.as_deref(), error.position());
-    Failure { diagnostic: innermost(state, error, at), calls }
+    // Rhai gives these up at the outermost call.
+    let within = matches!(
+        error,
+        EvalAltResult::ErrorTerminated(..) | EvalAltResult::ErrorStackOverflow(..)
+    );
+    let placeless = error.position().is_none();
+    let at = match calls.first().filter(|_| placeless) {
+        Some(call) => call.1,
+        None => state.point(source.as_deref(), error.position()),
+    };
+    let mut diagnostic = innermost(state, error, at);
+    if let Some(d) = &mut diagnostic {
+        if placeless && calls.is_empty() {
+            d.span = d.span.filter(|span| *span != at);
+        }
+        let called = calls.first().is_some_and(|c| c.0.starts_with("call"));
+        match d.code {
+            "E0105" if within && state.files.opens_call(at) => {
+                d.label = Some("within this call".to_owned());
+            }
+            "E0103" if called && d.hint.is_none() => {
+                d.hint = Some(
+                    "functions do not see the script's variables: pass them as arguments"
+                        .to_owned(),
+                );
+            }
+            _ => {}
+        }
+    }
+    Failure { diagnostic, calls }
 }
 
 fn innermost(state: &State, error: EvalAltResult, at: Span) -> Option<Diagnostic> {
@@ -208,16 +237,26 @@ fn innermost(state: &State, error: EvalAltResult, at: Span) -> Option<Diagnostic
         EvalAltResult::ErrorForbiddenVariable(name, _) => reserved(&name).at(at),
         EvalAltResult::ErrorPropertyNotFound(what, _)
         | EvalAltResult::ErrorDotExpr(what, _) => unknown_property(&what, at),
+        EvalAltResult::ErrorIndexingType(what, _) if what.starts_with("block [") => {
+            let kind = what.rsplit_once("= ").map_or("a value", |(_, kind)| kind);
+            let message = format!("a block's parameter is a tensor, this is {}", types(kind));
+            Diagnostic::error("E0110", message).at(at).hint("block[\"name\"] = tensor")
+        }
         EvalAltResult::ErrorIndexingType(what, _) => {
             Diagnostic::error("E0110", format!("there is no indexing like {}", types(&what)))
                 .at(at)
-                .hint("a parameter is written block[\"name\"] = tensor")
         }
         EvalAltResult::ErrorMismatchDataType(want, got, _)
         | EvalAltResult::ErrorMismatchOutputType(want, got, _) => {
             let (want, got) = (types(&want), types(&got));
             Diagnostic::error("E0110", format!("expected {want}, found {got}")).at(at)
         }
+        EvalAltResult::ErrorDataRace(..) => Diagnostic::error(
+            "E0111",
+            "a variable that a closure has captured is in use by the call around it",
+        )
+        .at(at)
+        .hint("hand it to a function as an argument instead"),
         EvalAltResult::ErrorArithmetic(what, _) => {
             Diagnostic::error("E0111", plain(&what)).at(at)
         }
@@ -283,8 +322,7 @@ pub(super) fn types(text: &str) -> String {
 /// `shard (tensor, axis, i64)`: the name is not known, or the arguments do not fit.
 fn unknown_function(state: &State, call: &str, at: Span) -> Diagnostic {
     let (path, arguments) = call.split_once(" (").unwrap_or((call, ")"));
-    let arguments = format!("({}", arguments);
-    let shown = types(&arguments.replace("()", "nothing").replace("(nothing", "("));
+    let shown = format!("({})", types(arguments.strip_suffix(')').unwrap_or(arguments)));
     let (space, name) = path.rsplit_once("::").map_or(("", path), |(s, n)| (s, n));
     if !name.starts_with(|c: char| c.is_alphabetic() || c == '_') {
         return Diagnostic::error("E0102", format!("`{name}` is not defined for {shown}"))
@@ -342,12 +380,29 @@ fn unknown_property(what: &str, at: Span) -> Diagnostic {
 }
 
 fn unknown_variable(state: &State, name: &str, at: Span) -> Diagnostic {
+    if let Some((space, wanted)) = name.rsplit_once("::") {
+        return unknown_constant(name, space, wanted).at(at);
+    }
     let d = Diagnostic::error("E0103", format!("there is no variable `{name}`")).at(at);
     let words = state.files.text(at.file).split(|c: char| !c.is_alphanumeric() && c != '_');
     let words = words.filter(|w| w.len() > 1 && *w != name);
     let known = super::host::RESERVED.into_iter().chain(words);
     match nearest(name, known) {
         Some(near) => d.hint(format!("did you mean `{near}`?")),
-        None => d.hint("functions do not see the script's variables: pass them as arguments"),
+        None => d,
+    }
+}
+
+/// `fp8::deep_gemm`, or a constant that a module does not have.
+fn unknown_constant(name: &str, space: &str, wanted: &str) -> Diagnostic {
+    if space != "fp8" {
+        return Diagnostic::error("E0103", format!("there is no constant `{name}`"))
+            .hint("a module's `const` is visible to others only where it is exported");
+    }
+    let d = Diagnostic::error("E0103", format!("there is no recipe `{name}`"));
+    let known = super::host::RECIPES;
+    match nearest(wanted, known) {
+        Some(near) => d.hint(format!("did you mean `fp8::{near}`?")),
+        None => d.hint(format!("recipes are {}", known.join(", "))),
     }
 }

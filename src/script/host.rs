@@ -16,6 +16,8 @@ use crate::dtype::DType;
 use crate::ir::Op;
 use crate::topo::Axis;
 
+pub(super) use recipes::RECIPES;
+
 use super::limits::Stop;
 use super::state::State;
 use super::values::{AxisValue, Block, Config, DTypeValue, Facts, RecipeValue, Tensor};
@@ -148,4 +150,14 @@ fn reserved(state: &State, name: &str) -> Option<Dynamic> {
 /// What a value is, in a plan's words.
 fn kind(ctx: &NativeCallContext, value: &Dynamic) -> String {
     super::errors::types(ctx.engine().map_type_name(value.type_name()))
+}
+
+/// A value with its kind: `string "256"`, `float 85.3`, `block`.
+fn shown(ctx: &NativeCallContext, value: &Dynamic) -> String {
+    let kind = kind(ctx, value);
+    match kind.as_str() {
+        "string" => format!("string \"{value}\""),
+        "float" | "bool" => format!("{kind} {value}"),
+        _ => kind,
+    }
 }

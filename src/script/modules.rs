@@ -140,7 +140,11 @@ impl ModuleResolver for Jail {
         };
         let Some((name, text)) = found else {
             let why = "neither in the plan's folder nor in the built-in library";
-            return Err(refuse(why.to_owned()));
+            let built_in = BUILTIN.iter().filter_map(|(name, _)| name.strip_suffix(".rhai"));
+            return Err(refuse(match super::errors::nearest(path, built_in) {
+                Some(near) => format!("{why}, which has \"{near}\""),
+                None => why.to_owned(),
+            }));
         };
         self.state.borrow_mut().files.add(&name, &text);
         self.open.borrow_mut().push(file.clone());

@@ -140,6 +140,9 @@ impl InferMesh {
                     .hint("every axis has at least one rank"));
             }
         }
+        if mesh.redundant_experts > MAX_WORLD {
+            return Err(bad(format!("more than {MAX_WORLD} redundant experts")));
+        }
         if get("eplb", 0) > 1 {
             return Err(bad("eplb is a switch: 0 or 1".to_owned()));
         }

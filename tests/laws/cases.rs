@@ -96,7 +96,7 @@ pub fn make(words: Vec<u32>) -> Case {
     let mut tape = Tape::new(words);
     let (tp, dp) = (1 + tape.below(4), 1 + tape.below(2));
     let ep = if tape.one_in(2) { dp * tp } else { 1 };
-    let eplb = ep > 1 && tape.one_in(3);
+    let eplb = ep > 1 && tape.one_in(2);
     let redundant = if eplb { tape.below(5) } else { 0 };
     let block = tape.pick(&[32, 64]);
     let count = (ep * (1 + redundant.div_ceil(ep)) - redundant) + ep * tape.below(2);
@@ -163,6 +163,9 @@ impl Maker {
             );
             for _ in 0..self.tape.below(4) {
                 d = self.movement(&d).unwrap_or(d);
+            }
+            if self.tape.one_in(4) {
+                d = self.quantization(&d).unwrap_or(d);
             }
             self.lines.push(format!("b[\"d{number}\"] = {};", d.name));
         }

@@ -11,8 +11,12 @@ use kernelcast::shard::{Expr, Piece, Storage, Tiles, TilesFrom, View};
 
 use crate::world::World;
 
-/// All targets of one rank, in the plan's order.
-pub fn evaluate(compiled: &Compiled, world: &World, rank: usize) -> Vec<Stored> {
+/// All targets of all ranks, in the plan's order.
+pub fn evaluate(compiled: &Compiled, world: &World) -> Vec<Vec<Option<Stored>>> {
+    (0..compiled.program.ranks.len()).map(|rank| of_rank(compiled, world, rank)).collect()
+}
+
+fn of_rank(compiled: &Compiled, world: &World, rank: usize) -> Vec<Option<Stored>> {
     let targets = &compiled.program.ranks[rank].targets;
     let mut memory = Memory { compiled, world, landed: vec![None; targets.len()] };
     for (i, target) in targets.iter().enumerate() {
@@ -26,7 +30,7 @@ pub fn evaluate(compiled: &Compiled, world: &World, rank: usize) -> Vec<Stored> 
             memory.landed[i] = Some(memory.target(target, &target.derived));
         }
     }
-    memory.landed.into_iter().flatten().collect()
+    memory.landed
 }
 
 struct Memory<'a> {
@@ -123,13 +127,13 @@ impl Memory<'_> {
             Expr::Scale { factor, value } => {
                 let (dtype, k) = (value.dtype(), f64::from_bits(*factor) as f32);
                 let bits = self.eval(value, len).bits.into_iter();
-                plain(bits.map(|x| narrow(dtype, widen(dtype, x) * k)).collect())
+                plain(bits.map(|x| result(dtype, widen(dtype, x) * k)).collect())
             }
             Expr::Add { left, right } => {
                 let dtype = left.dtype();
                 assert_eq!(dtype, right.dtype());
                 let (a, b) = (self.eval(left, len).bits, self.eval(right, len).bits);
-                let sum = |(a, b)| narrow(dtype, widen(dtype, a) + widen(dtype, b));
+                let sum = |(a, b)| result(dtype, widen(dtype, a) + widen(dtype, b));
                 plain(a.into_iter().zip(b).map(sum).collect())
             }
             Expr::Tiles(tiles) => self.tiles(tiles, len),
@@ -137,7 +141,7 @@ impl Memory<'_> {
                 let value = self.tiles(tiles, len);
                 let scales = value.scales.expect("tiles have scales");
                 let product = |(code, scale): (u32, u32)| {
-                    narrow(*dtype, codec::e4m3_decode(code as u8) * f32::from_bits(scale))
+                    result(*dtype, codec::e4m3_decode(code as u8) * f32::from_bits(scale))
                 };
                 plain(value.bits.into_iter().zip(scales).map(product).collect())
             }
@@ -219,9 +223,12 @@ fn widen(dtype: DType, bits: u32) -> f32 {
     }
 }
 
+fn result(dtype: DType, x: f32) -> u32 {
+    narrow(dtype, if x.is_nan() { f32::from_bits(codec::GPU_NAN_BITS) } else { x })
+}
+
 fn narrow(dtype: DType, x: f32) -> u32 {
     match dtype {
-        DType::F32 if x.is_nan() => codec::GPU_NAN_BITS,
         DType::F32 => x.to_bits(),
         DType::Bf16 => u32::from(codec::f32_to_bf16(x)),
         DType::F16 => u32::from(codec::f32_to_f16(x)),

@@ -1,13 +1,12 @@
 //! Makes the bytes of a box from its expression: gather, cast, add, quantize, dequantize.
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 use smallvec::smallvec;
 
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::fp8::codec::{
-    bf16_to_f32, e4m3_decode, e8m0_decode, e8m0_encode, f16_to_f32, f32_to_bf16,
+    GPU_NAN_BITS, bf16_to_f32, e4m3_decode, e4m3_satfinite, e8m0_decode, e8m0_encode,
+    f16_to_f32, f32_to_bf16, f32_to_f16,
 };
 use crate::fp8::tile::quantize_matrix;
 use crate::fp8::{ScaleFormat, Values};
@@ -66,11 +65,7 @@ impl Bits {
     fn from_f32(values: &[f32], dtype: DType) -> Self {
         match dtype {
             DType::Bf16 => Bits::B16(values.iter().map(|x| f32_to_bf16(*x)).collect()),
-            DType::F16 => {
-                let mut out = vec![f16::ZERO; values.len()];
-                out.convert_from_f32_slice(values);
-                Bits::B16(out.iter().map(|x| x.to_bits()).collect())
-            }
+            DType::F16 => Bits::B16(values.iter().map(|x| f32_to_f16(*x)).collect()),
             _ => Bits::B32(values.iter().map(|x| x.to_bits()).collect()),
         }
     }
@@ -217,13 +212,13 @@ fn numbers(rows: &dyn Rows, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
         Expr::Scale { factor, value } => {
             let factor = f64::from_bits(*factor) as f32;
             let mut x = numbers(rows, value, len)?;
-            x.iter_mut().for_each(|x| *x *= factor);
+            x.iter_mut().for_each(|x| *x = one_nan(*x * factor));
             Ok(rounded(x, e.dtype()))
         }
         Expr::Add { left, right } => {
             let mut x = numbers(rows, left, len)?;
             let y = numbers(rows, right, len)?;
-            x.iter_mut().zip(&y).for_each(|(x, y)| *x += y);
+            x.iter_mut().zip(&y).for_each(|(x, y)| *x = one_nan(*x + y));
             Ok(rounded(x, e.dtype()))
         }
         Expr::Dequantize { dtype, tiles } => {
@@ -233,6 +228,11 @@ fn numbers(rows: &dyn Rows, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
             Err(Diagnostic::error("E0502", "a quantized value where numbers are wanted"))
         }
     }
+}
+
+/// The result of an f32 operation: a NaN is the one that GPUs give, whatever went in.
+fn one_nan(x: f32) -> f32 {
+    if x.is_nan() { f32::from_bits(GPU_NAN_BITS) } else { x }
 }
 
 /// Rounds to the type and back.
@@ -245,20 +245,21 @@ fn rounded(x: Vec<f32>, dtype: DType) -> Vec<f32> {
 
 fn dequantized(rows: &dyn Rows, tiles: &Tiles, len: &[u64]) -> Fallible<Vec<f32>> {
     let mut codes = vec![0u8; count(len)];
-    let grid = tile_dims(len, tiles.refined);
-    let mut scales = vec![0f32; count(&grid)];
-    // A phase inside the finer tile cannot occur: cuts lie on its grid.
-    tiles_into(rows, tiles, len, &mut codes, &mut scales)?;
+    let Coarse { scales, grid, .. } = coarse_tiles(rows, tiles, len, &mut codes)?;
     let m = len.len() - 2;
     let (r, c) = (len[m] as usize, len[m + 1] as usize);
     let (gr, gc) = (grid[m] as usize, grid[m + 1] as usize);
-    let block = tiles.refined as usize;
+    let block = tiles.block() as usize;
+    let phase = tiles.phase.map(|p| p as usize);
+    // The box may begin inside a tile.
+    let first = (block - phase[1]).min(c);
     let mut out = Vec::with_capacity(codes.len());
     for (i, row) in codes.chunks_exact(c.max(1)).enumerate() {
-        let (matrix, row_index) = (i / r, i % r);
+        let (matrix, row_index) = (i / r, i % r + phase[0]);
         let scales = &scales[(matrix * gr + row_index / block) * gc..][..gc];
-        for (codes, scale) in row.chunks(block).zip(scales) {
-            out.extend(codes.iter().map(|code| e4m3_decode(*code) * scale));
+        let (head, rest) = row.split_at(first);
+        for (codes, scale) in std::iter::once(head).chain(rest.chunks(block)).zip(scales) {
+            out.extend(codes.iter().map(|code| one_nan(e4m3_decode(*code) * scale)));
         }
     }
     Ok(out)
@@ -272,15 +273,59 @@ fn tiles_into(
     codes: &mut [u8],
     scales: &mut [f32],
 ) -> Fallible<bool> {
+    if let TilesFrom::Made(made) = &tiles.from
+        && made.extent[..] == *len
+        && tiles.refined == tiles.block()
+    {
+        let (input, dtype) = input_of(rows, made)?;
+        return Ok(quantize_all(made, &input, dtype, codes, scales));
+    }
+    let coarse = coarse_tiles(rows, tiles, len, codes)?;
+    refine(&coarse.scales, &coarse.grid, tiles, len, scales);
+    Ok(coarse.finite)
+}
+
+/// Scales of all tiles that a box touches, on the grid on which they are computed or stored.
+struct Coarse {
+    scales: Vec<f32>,
+    grid: Dims,
+    finite: bool,
+}
+
+/// Codes of a box, and its coarse scales.
+fn coarse_tiles(
+    rows: &dyn Rows,
+    tiles: &Tiles,
+    len: &[u64],
+    codes: &mut [u8],
+) -> Fallible<Coarse> {
     match &tiles.from {
         TilesFrom::Stored(stored) => {
             load(rows, &stored.codes, len, codes)?;
-            let coarse = stored_scales(rows, tiles, stored, len)?;
-            refine(&coarse.0, &coarse.1, tiles, len, scales);
-            Ok(true)
+            let (scales, grid) = stored_scales(rows, tiles, stored, len)?;
+            Ok(Coarse { scales, grid, finite: true })
         }
-        TilesFrom::Made(made) => made_tiles(rows, tiles, made, len, codes, scales),
+        TilesFrom::Made(made) => {
+            let (input, dtype) = input_of(rows, made)?;
+            let grid = tile_dims(&made.extent, tiles.block());
+            let mut all_codes = vec![0u8; count(&made.extent)];
+            let mut scales = vec![0f32; count(&grid)];
+            let finite = quantize_all(made, &input, dtype, &mut all_codes, &mut scales);
+            let mut off: Dims = smallvec![0; len.len()];
+            let m = len.len() - 2;
+            (off[m], off[m + 1]) = (tiles.phase[0], tiles.phase[1]);
+            gather(&all_codes, &made.extent, &off, len, codes);
+            Ok(Coarse { scales, grid, finite })
+        }
     }
+}
+
+/// What a recipe reads, and its type.
+fn input_of(rows: &dyn Rows, made: &Made) -> Fallible<(Bits, DType)> {
+    let dtype = made.input.first().map_or(DType::F32, |p| p.expr.dtype());
+    let mut input = Bits::zeros(dtype, count(&made.extent));
+    values(rows, &made.input, &made.extent, dtype, input.bytes_mut())?;
+    Ok((input, dtype))
 }
 
 /// The stored scales of the tiles that a box touches, and their grid.
@@ -325,32 +370,6 @@ fn refine(coarse: &[f32], grid: &[u64], tiles: &Tiles, len: &[u64], out: &mut [f
             }
         }
     }
-}
-
-fn made_tiles(
-    rows: &dyn Rows,
-    tiles: &Tiles,
-    made: &Made,
-    len: &[u64],
-    codes: &mut [u8],
-    scales: &mut [f32],
-) -> Fallible<bool> {
-    let dtype = made.input.first().map_or(DType::F32, |p| p.expr.dtype());
-    let mut input = Bits::zeros(dtype, count(&made.extent));
-    values(rows, &made.input, &made.extent, dtype, input.bytes_mut())?;
-    if made.extent[..] == *len && tiles.refined == tiles.block() {
-        return Ok(quantize_all(made, &input, dtype, codes, scales));
-    }
-    let grid = tile_dims(&made.extent, tiles.block());
-    let mut all_codes = vec![0u8; count(&made.extent)];
-    let mut coarse = vec![0f32; count(&grid)];
-    let finite = quantize_all(made, &input, dtype, &mut all_codes, &mut coarse);
-    let mut off: Dims = smallvec![0; len.len()];
-    let m = len.len() - 2;
-    (off[m], off[m + 1]) = (tiles.phase[0], tiles.phase[1]);
-    gather(&all_codes, &made.extent, &off, len, codes);
-    refine(&coarse, &grid, tiles, len, scales);
-    Ok(finite)
 }
 
 /// Copies a box out of a larger row-major tensor of bytes.
@@ -406,7 +425,9 @@ fn fill(dtype: DType, value: f64, out: &mut [u8]) {
             out.chunks_exact_mut(4)
                 .for_each(|b| b.copy_from_slice(&(value as i32).to_le_bytes()));
         }
-        DType::U8 | DType::E4m3 | DType::E8m0 => out.fill(value as u8),
+        DType::U8 => out.fill(value as u8),
+        DType::E4m3 => out.fill(e4m3_satfinite(value as f32)),
+        DType::E8m0 => out.fill(e8m0_encode(value as f32)),
         _ => {
             let one = Bits::from_f32(&[value as f32], dtype);
             let bytes = one.bytes();

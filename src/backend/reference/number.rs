@@ -17,11 +17,15 @@ pub(super) fn widen(dtype: DType, bits: u32) -> f32 {
     }
 }
 
-/// The bits of an arithmetic result, rounded to nearest even. A NaN has no payload to keep: it
-/// is the type's one NaN (0x7fffffff as f32, as every GPU instruction leaves it).
-pub(super) fn narrow(dtype: DType, x: f32) -> u32 {
+/// The bits of an arithmetic result, rounded to nearest even. A NaN is the one that every GPU
+/// instruction gives, whatever went in.
+pub(super) fn result(dtype: DType, x: f32) -> u32 {
+    narrow(dtype, if x.is_nan() { f32::from_bits(codec::GPU_NAN_BITS) } else { x })
+}
+
+/// The bits of a number, rounded to nearest even.
+fn narrow(dtype: DType, x: f32) -> u32 {
     match dtype {
-        DType::F32 if x.is_nan() => codec::GPU_NAN_BITS,
         DType::F32 => x.to_bits(),
         DType::Bf16 => u32::from(codec::f32_to_bf16(x)),
         DType::F16 => u32::from(codec::f32_to_f16(x)),
@@ -78,7 +82,7 @@ mod tests {
         assert_eq!(cast(DType::Bf16, DType::Bf16, 0x7f81), 0x7f81);
         assert_eq!(cast(DType::Bf16, DType::F32, 0xff81), 0xff81_0000);
         assert_eq!(cast(DType::F32, DType::Bf16, 0xff81_0001), 0x7fc0);
-        assert_eq!(narrow(DType::F32, f32::from_bits(0xffc0_0001)), 0x7fff_ffff);
+        assert_eq!(result(DType::F32, f32::from_bits(0xffc0_0001)), 0x7fff_ffff);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::ir::{Dims, Node, NodeId, Op, Plan, SourceFormat, SourceId, Type};
 use crate::lower::Part;
 
-use super::number::{cast, constant, narrow, pack, unpack, widen};
+use super::number::{cast, constant, pack, result, unpack, widen};
 use super::tile::Tile;
 use super::{Band, Loaded, Oracle, matrix};
 
@@ -113,7 +113,7 @@ impl<'a> Walk<'_, 'a> {
                 let dtype = input(0).dtype;
                 let factor = *factor as f32;
                 self.fill(node.inputs[0], part, at, out)?;
-                out.iter_mut().for_each(|x| *x = narrow(dtype, widen(dtype, *x) * factor));
+                out.iter_mut().for_each(|x| *x = result(dtype, widen(dtype, *x) * factor));
                 Ok(())
             }
             Op::Add => {
@@ -122,7 +122,7 @@ impl<'a> Walk<'_, 'a> {
                 self.fill(node.inputs[0], part, at, out)?;
                 self.fill(node.inputs[1], part, at, &mut right)?;
                 for (x, y) in out.iter_mut().zip(right) {
-                    *x = narrow(dtype, widen(dtype, *x) + widen(dtype, y));
+                    *x = result(dtype, widen(dtype, *x) + widen(dtype, y));
                 }
                 Ok(())
             }
@@ -135,7 +135,7 @@ impl<'a> Walk<'_, 'a> {
                 self.fill(node.inputs[0], Part::Values, at, out)?;
                 self.fill(node.inputs[0], Part::Scales, at, &mut scales)?;
                 for (x, scale) in out.iter_mut().zip(scales) {
-                    *x = narrow(*dtype, widen(DType::E4m3, *x) * f32::from_bits(scale));
+                    *x = result(*dtype, widen(DType::E4m3, *x) * f32::from_bits(scale));
                 }
                 Ok(())
             }

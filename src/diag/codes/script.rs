@@ -53,10 +53,11 @@ Otherwise check that --model names the model that this plan is for.",
         title: "the plan hit a limit",
         text: "\
 Plans run in a sandbox with limits on operations, call depth, the sizes of strings,
-arrays and maps, and time; the message names the limit and its value. The limits are far
-above what a model needs, so the cause is nearly always a loop that does not end or a
-function that calls itself. Look at the loop or call at the caret first. If the plan is
-right but creates one value an expert, let `stack(0..E, |e| ...)` do the repetition.",
+arrays, maps and expressions, and time; the message names the limit and its value. The
+limits are far above what a model needs, so the cause is nearly always a loop that does
+not end or a function that calls itself. Look at the loop or call at the caret first. If
+the plan is right but creates one value an expert, let `stack(0..E, |e| ...)` do the
+repetition.",
     },
     Code {
         code: "E0106",

@@ -8,7 +8,9 @@ use crate::dtype::DType;
 use crate::ir::Dims;
 
 use super::super::values::{Block, DTypeValue, Tensor};
-use super::{Fallible, Shared, kind, refuse, span_of, trapped};
+use crate::diag::Diagnostic;
+
+use super::{Fallible, Shared, raise, refuse, shown, span_of, trapped};
 
 pub(super) fn register(engine: &mut Engine, state: &Shared) {
     engine.register_fn("at", |path: &str| Block { path: path.to_owned() });
@@ -94,10 +96,16 @@ fn dims(s: &Shared, ctx: &NativeCallContext, shape: &Array) -> Fallible<Dims> {
         match size.as_int() {
             Ok(n) if n > 0 => out.push(n as u64),
             Ok(n) => {
-                return refuse(s, ctx, "E0209", format!("a size of {n} in {shape:?}"));
+                let at = span_of(&s.borrow(), ctx);
+                let message = format!("a source has a size of {n} in {shape:?}");
+                let d = Diagnostic::error("E0209", message).at(at);
+                return raise(
+                    d.hint("does a key of config.json mean something else here?"),
+                    ctx,
+                );
             }
             Err(_) => {
-                let why = format!("a shape is whole numbers, {size} is a {}", kind(ctx, size));
+                let why = format!("a shape is whole numbers, not the {}", shown(ctx, size));
                 return refuse(s, ctx, "E0110", why);
             }
         }

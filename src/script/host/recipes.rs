@@ -29,7 +29,8 @@ fn recipe_named(name: &str) -> Option<RecipeValue> {
     Some(RecipeValue::One { recipe: one(kind), scale_name })
 }
 
-const RECIPES: [&str; 5] = ["vllm", "deepgemm", "prime_rl", "ue8m0", "ue8m0_two_step"];
+pub(in super::super) const RECIPES: [&str; 5] =
+    ["vllm", "deepgemm", "prime_rl", "ue8m0", "ue8m0_two_step"];
 
 pub(super) fn register(engine: &mut Engine, state: &Shared) {
     let mut fp8 = Module::new();

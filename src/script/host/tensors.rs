@@ -9,7 +9,7 @@ use crate::dtype::DType;
 use crate::ir::Op;
 
 use super::super::values::{AxisValue, DTypeValue, RecipeValue, Tensor};
-use super::{Fallible, Shared, kind, push, refuse};
+use super::{Fallible, Shared, kind, push, refuse, shown};
 
 pub(super) fn register(engine: &mut Engine, state: &Shared) {
     moves(engine, state);
@@ -128,7 +128,7 @@ fn ints(s: &Shared, ctx: &NativeCallContext, list: Array) -> Fallible<Vec<i64>> 
         .map(|item| match item.as_int() {
             Ok(n) => Ok(n),
             Err(_) => {
-                let why = format!("expected whole numbers, {item} is a {}", kind(ctx, item));
+                let why = format!("expected whole numbers, not the {}", shown(ctx, item));
                 refuse(s, ctx, "E0110", why)
             }
         })
