@@ -8,6 +8,8 @@ mod avx2;
 mod avx512;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vbmi;
 
 use super::codec::bf16_to_f32;
 use super::recipe::Step;
@@ -30,6 +32,8 @@ enum Set {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi,
 }
 
 /// A tile of a type that the kernels widen themselves.
@@ -45,7 +49,8 @@ pub(crate) fn level() -> Level {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            return Level(Set::Avx512);
+            let tables = is_x86_feature_detected!("avx512vbmi");
+            return Level(if tables { Set::Avx512Vbmi } else { Set::Avx512 });
         }
         if is_x86_feature_detected!("avx2") {
             return Level(Set::Avx2);
@@ -63,7 +68,10 @@ pub(crate) fn levels() -> Vec<Level> {
         if is_x86_feature_detected!("avx2") {
             levels.push(Level(Set::Avx2));
         }
-        if level() != Level(Set::Avx2) {
+        if matches!(level().0, Set::Avx512 | Set::Avx512Vbmi) {
+            levels.push(Level(Set::Avx512));
+        }
+        if level() == Level(Set::Avx512Vbmi) {
             levels.push(level());
         }
     }
@@ -79,7 +87,7 @@ pub(crate) fn amax_u16(level: Level, tile: Tile<'_, u16>) -> u16 {
         Set::Avx2 => unsafe { avx2::amax_u16(tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Set::Avx512 => unsafe { avx512::amax_u16(tile) },
+        Set::Avx512 | Set::Avx512Vbmi => unsafe { avx512::amax_u16(tile) },
     }
 }
 
@@ -92,7 +100,7 @@ pub(crate) fn amax_f32(level: Level, tile: Tile<'_, f32>) -> u32 {
         Set::Avx2 => unsafe { avx2::amax_f32(tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Set::Avx512 => unsafe { avx512::amax_f32(tile) },
+        Set::Avx512 | Set::Avx512Vbmi => unsafe { avx512::amax_f32(tile) },
     }
 }
 
@@ -119,6 +127,14 @@ pub(crate) fn encode(
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Set::Avx512 => unsafe { avx512::encode(step, source, next, out, out_stride) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512Vbmi => match source {
+            Source::Bf16(tile) => unsafe {
+                vbmi::encode_bf16(step, tile, next, out, out_stride)
+            },
+            Source::F32(_) => unsafe { avx512::encode(step, source, next, out, out_stride) },
+        },
     };
     match source {
         _ if done => {}

@@ -74,6 +74,27 @@ pub fn encode(
     }
 }
 
+/// Codes of 64 bf16 numbers whose quotients are known to be at most 464.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub fn encode_chunk(step: Step, chunk: &[u16; 2 * CHUNK], codes: &mut [u8; 2 * CHUNK]) {
+    let mut seen = _mm512_setzero_si512();
+    let (chunks, _) = chunk.as_chunks::<CHUNK>();
+    let (codes, _) = codes.as_chunks_mut::<CHUNK>();
+    for (chunk, codes) in chunks.iter().zip(codes) {
+        *codes = match step {
+            Step::Multiply(by) => {
+                let splat = _mm512_set1_ps(by);
+                bf16_codes(chunk, &mut seen, |x| _mm512_mul_ps(x, splat))
+            }
+            Step::Divide(by) => {
+                let splat = _mm512_set1_ps(by);
+                bf16_codes(chunk, &mut seen, |x| _mm512_div_ps(x, splat))
+            }
+        };
+    }
+}
+
 /// Codes of 32 elements; `seen` gathers the largest |x|, whose quotient is the largest too.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -130,7 +151,7 @@ fn halves(chunk: &[f32; CHUNK]) -> [__m512; 2] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn max_u16(lanes: __m512i) -> u16 {
+pub fn max_u16(lanes: __m512i) -> u16 {
     // Halves are zero-extended so that the 32-bit maximum compares them.
     let low = _mm512_and_si512(lanes, _mm512_set1_epi32(0xffff));
     _mm512_reduce_max_epu32(_mm512_max_epu32(low, _mm512_srli_epi32::<16>(lanes))) as u16
