@@ -1,5 +1,6 @@
 //! THE function that says what an operation's result looks like. Knows mesh sizes only as numbers.
 
+mod cuts;
 mod quantized;
 
 use crate::dtype::DType;
@@ -7,13 +8,11 @@ use crate::dtype::DType;
 use super::op::reshape_dims;
 use super::{Dims, Op, Place, Plan, Quant, ScaleName, Source, SourceFormat, Type, show_shape};
 
+use cuts::{cut_label, divide, experts, head_rows, on_grid};
 use quantized::{dequantize, quantize, refine};
 
 /// Said where a size surprises.
 const LOCAL: &str = "sizes are those of one rank, after every cut so far";
-
-/// Most experts in one tensor; each is a piece of its own.
-const MOST_EXPERTS: u64 = 1 << 20;
 
 /// Why an operation is refused; the caller adds the place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,82 +175,8 @@ fn resized(t: &Type, dim: usize, size: u64) -> Type {
     t
 }
 
-fn divide(size: u64, parts: u64, what: &str, dim: usize) -> Result<u64, TypeError> {
-    if size.is_multiple_of(parts) {
-        return Ok(size / parts);
-    }
-    hinted(
-        "E0301",
-        format!("{what} does not divide dimension {dim} of size {size}"),
-        "choose an axis size that divides it; where the receiver pads, write .pad_to first",
-    )
-}
-
-/// Rows a rank takes and how many ranks in a row share one head.
-pub(crate) fn head_rows(
-    t: &Type,
-    heads: u64,
-    ranks: u64,
-    axis: &str,
-) -> Result<(u64, u64), TypeError> {
-    let rows = dim_of(t, 0)?;
-    if heads == 0 || !rows.is_multiple_of(heads) {
-        return hinted(
-            "E0302",
-            format!("{rows} rows are not {heads} equal heads"),
-            "count query heads for q, key-value heads for k and v",
-        );
-    }
-    let head = rows / heads;
-    if heads.is_multiple_of(ranks) {
-        return Ok((heads / ranks * head, 1));
-    }
-    if ranks.is_multiple_of(heads) {
-        return Ok((head, ranks / heads));
-    }
-    hinted(
-        "E0302",
-        format!("{heads} heads of {head} rows do not divide over {axis} = {ranks}"),
-        format!(
-            "use a {axis} that divides {heads}, or is a multiple of it (heads then repeat)"
-        ),
-    )
-}
-
-/// True if cuts of `part` along `dim`, repeated over `parts`, stay on the tile grid.
-fn on_grid(t: &Type, dim: usize, part: u64, parts: u64) -> Result<(), (u64, u64)> {
-    match t.quant {
-        Some(q) if in_matrix(t, dim) && parts > 1 && !part.is_multiple_of(q.block) => {
-            Err((part, q.block))
-        }
-        _ => Ok(()),
-    }
-}
-
 fn in_matrix(t: &Type, dim: usize) -> bool {
     dim + 2 >= t.shape.len()
-}
-
-fn cut_label(
-    what: &str,
-    size: u64,
-    local: u64,
-    cut: Result<(), (u64, u64)>,
-) -> Result<(), TypeError> {
-    let Err((at, block)) = cut else { return Ok(()) };
-    Err(TypeError {
-        code: "E0304",
-        message: format!("a cut at {at} crosses a quantization block of {block}"),
-        label: Some(format!(
-            "{what} cuts {size} into {local}: {at} mod {block} = {}",
-            at % block
-        )),
-        hint: Some(
-            "write .shard before .quantize to quantize each rank's own rows; an FP8 source \
-             can only be cut at multiples of its block"
-                .to_owned(),
-        ),
-    })
 }
 
 fn cat(inputs: &[&Type], dim: usize) -> Result<Type, TypeError> {
@@ -452,33 +377,6 @@ fn cast(t: &Type, dtype: DType) -> Result<Type, TypeError> {
         return hinted("E0205", format!("there is no cast from {} to {dtype}", t.dtype), hint);
     }
     checked(Type { dtype, ..t.clone() })
-}
-
-fn experts(t: &Type, place: &Place, axis: crate::topo::Axis) -> Result<Type, TypeError> {
-    let count = dim_of(t, 0)?;
-    if count > MOST_EXPERTS {
-        return bad("E0209", format!("{count} experts are more than {MOST_EXPERTS}"));
-    }
-    if t.quant.is_some() && in_matrix(t, 0) {
-        return bad("E0208", "experts of a quantized matrix: dimension 0 must lead two others");
-    }
-    match place.expert_slots(axis, count) {
-        Some((_, slots)) => Ok(resized(t, 0, slots)),
-        None => {
-            let (ranks, slots) = (place.size(axis), place.physical_experts(count));
-            hinted(
-                "E0303",
-                format!(
-                    "with load balancing {slots} physical experts do not divide over \
-                     {axis} = {ranks}"
-                ),
-                format!(
-                    "the smallest redundant_experts that divides is {}",
-                    count.next_multiple_of(ranks) - count
-                ),
-            )
-        }
-    }
 }
 
 fn float_only(t: &Type, op: &str) -> Result<(), TypeError> {

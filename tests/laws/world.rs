@@ -14,10 +14,13 @@ use kernelcast::topo::{InferMesh, TrainMesh};
 
 use crate::cases::{Case, SourceTensor};
 
+/// Type, shape and bytes of a tensor.
+type Tensor = (DType, Vec<u64>, Arc<Vec<u8>>);
+
 /// What the trainer holds.
 #[derive(Clone, Default)]
 pub struct World {
-    pub tensors: BTreeMap<String, (DType, Vec<u64>, Arc<Vec<u8>>)>,
+    pub tensors: BTreeMap<String, Tensor>,
 }
 
 /// Whether source values may be NaN and infinite.

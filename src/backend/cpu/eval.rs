@@ -12,8 +12,9 @@ use crate::fp8::tile::quantize_matrix;
 use crate::fp8::{ScaleFormat, Values};
 use crate::graph::tiles as tile_dims;
 use crate::ir::Dims;
-use crate::shard::{Expr, Made, Piece, Stored, Tiles, TilesFrom, View, row_major};
+use crate::shard::{Expr, Made, Piece, Stored, Tiles, TilesFrom, View};
 
+use super::boxes::{contiguous, gather, scatter, transpose};
 use super::{Rows, Strided};
 
 type Fallible<T> = Result<T, Diagnostic>;
@@ -147,41 +148,6 @@ pub(super) fn quantized(
         }
     }
     Ok(finite)
-}
-
-/// First element of a box if it is contiguous in a tensor of the given lengths.
-fn contiguous(lo: &[u64], len: &[u64], whole: &[u64]) -> Option<u64> {
-    let mut partial = false;
-    for d in (0..len.len()).rev() {
-        if partial && len[d] != 1 {
-            return None;
-        }
-        partial |= len[d] != whole[d];
-    }
-    Some(lo.iter().zip(row_major(whole)).map(|(i, s)| i * s).sum())
-}
-
-/// Copies a row-major box to its place in a larger row-major tensor.
-fn scatter(part: &[u8], lo: &[u64], len: &[u64], out: &mut [u8], whole: &[u64], size: u64) {
-    let Some(last) = len.len().checked_sub(1) else {
-        out[..size as usize].copy_from_slice(part);
-        return;
-    };
-    let row = (len[last] * size) as usize;
-    if row == 0 {
-        return;
-    }
-    let strides = row_major(whole);
-    for (i, bytes) in part.chunks_exact(row).enumerate() {
-        let mut left = i as u64;
-        let mut at = lo[last];
-        for d in (0..last).rev() {
-            at += (lo[d] + left % len[d]) * strides[d];
-            left /= len[d];
-        }
-        let at = (at * size) as usize;
-        out[at..at + row].copy_from_slice(bytes);
-    }
 }
 
 /// The row-major bytes of one expression.
@@ -372,22 +338,6 @@ fn refine(coarse: &[f32], grid: &[u64], tiles: &Tiles, len: &[u64], out: &mut [f
     }
 }
 
-/// Copies a box out of a larger row-major tensor of bytes.
-fn gather(whole: &[u8], extent: &[u64], off: &[u64], len: &[u64], out: &mut [u8]) {
-    let strides = row_major(extent);
-    let last = len.len() - 1;
-    let row = len[last] as usize;
-    for (i, bytes) in out.chunks_exact_mut(row.max(1)).enumerate() {
-        let mut left = i as u64;
-        let mut at = off[last];
-        for d in (0..last).rev() {
-            at += (off[d] + left % len[d]) * strides[d];
-            left /= len[d];
-        }
-        bytes.copy_from_slice(&whole[at as usize..][..row]);
-    }
-}
-
 /// Quantizes every matrix of a box.
 fn quantize_all(
     made: &Made,
@@ -487,25 +437,4 @@ fn load_ordered(
         rows.read(view.storage, strided, part)?;
     }
     Ok(())
-}
-
-/// From storage order to the box's own order.
-fn transpose(bytes: &[u8], len: &[u64], order: &[usize], size: usize, out: &mut [u8]) {
-    let own = row_major(len);
-    let dims: Vec<(usize, usize)> =
-        order.iter().map(|d| (len[*d] as usize, own[*d] as usize)).collect();
-    let mut index = vec![0usize; dims.len()];
-    let mut at = 0;
-    for element in bytes.chunks_exact(size) {
-        out[at * size..(at + 1) * size].copy_from_slice(element);
-        for d in (0..dims.len()).rev() {
-            index[d] += 1;
-            at += dims[d].1;
-            if index[d] < dims[d].0 {
-                break;
-            }
-            at -= dims[d].0 * dims[d].1;
-            index[d] = 0;
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! The CPU backend: threads as ranks, channels as wires. Embedded default, and the oracle of
 //! the GPU's results.
 
+mod boxes;
 mod eval;
 mod finite;
 mod run;
