@@ -3,8 +3,8 @@
 use safetensors::tensor::Dtype;
 
 use crate::world::{
-    C, FULL, Held, bf16s, compiled, differences, folder, problems_of, receiver, run, said, shape,
-    with_sources,
+    C, FULL, Held, bf16s, compiled, differences, folder, problems_of, receiver, run, said,
+    shape, with_sources,
 };
 
 const PLAN_A: &str = r#"
@@ -206,7 +206,7 @@ const SHARED_EXPERT_FP8: [&str; 6] = [
 #[test]
 fn an_fp8_shard_below_a_block_is_refused() {
     let found = problems_of(SHARED_EXPERT, "tp=8", &SHARED_EXPERT_FP8);
-    // All three at once: tensor, dimension, local width, block, ranks that share a block.
+    // All three at once: tensor, dimension, local width, block, ranks that share a tile.
     for (name, dim) in [("shared.gate", 0), ("shared.up", 0), ("shared.down", 1)] {
         let one = found.iter().find(|d| d.subject.as_deref() == Some(name)).unwrap();
         let text = said(std::slice::from_ref(one));
@@ -269,7 +269,8 @@ a["w13"] = cat([a.src("gate", [8, 320, 2048]), a.src("up", [8, 320, 2048])], 1).
 #[test]
 fn an_fp8_shard_of_whole_blocks_takes_its_column_of_scales() {
     assert!(with_sources(SHARED_EXPERT, "tp=4", &SHARED_EXPERT_FP8).compile().is_ok());
-    let plan = r#"at("")["down"] = at("").src("down", [2048, 512]).shard(1, tp).quantize(fp8::vllm);"#;
+    let plan =
+        r#"at("")["down"] = at("").src("down", [2048, 512]).shard(1, tp).quantize(fp8::vllm);"#;
     let scales: Vec<f32> = (0..16 * 4).map(|i| 1.0 + i as f32).collect();
     let model = folder(&[
         ("down", Dtype::F8_E4M3, vec![2048, 512], vec![0x38; 2048 * 512]),

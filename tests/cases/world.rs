@@ -26,11 +26,7 @@ pub const FULL: u8 = 0x7E;
 pub type Stored = (&'static str, Dtype, Vec<usize>, Vec<u8>);
 
 /// A bf16 matrix or vector whose elements follow their index.
-pub fn bf16s(
-    name: &'static str,
-    shape: &[usize],
-    value: impl FnMut(usize) -> f32,
-) -> Stored {
+pub fn bf16s(name: &'static str, shape: &[usize], value: impl FnMut(usize) -> f32) -> Stored {
     let values = (0..shape.iter().product()).map(value);
     let bytes = values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
     (name, Dtype::BF16, shape.to_vec(), bytes)
