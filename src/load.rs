@@ -1,7 +1,7 @@
 //! Opens what a plan needs from disk: its modules, the model's config, the checkpoint.
 
 use std::cell::RefCell;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::compile::ModelInput;
@@ -55,6 +55,24 @@ pub fn folder_of(file: &Path) -> PathBuf {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     }
+}
+
+/// A path that a plan names, seen from the plan's folder, without the `..` in it.
+pub fn beside(plan: &Path, path: &str) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in folder_of(plan).join(path).components() {
+        match part {
+            // Above a link `..` would lead elsewhere; plans name paths in their own tree.
+            Component::ParentDir
+                if matches!(out.components().next_back(), Some(Component::Normal(_))) =>
+            {
+                out.pop();
+            }
+            Component::CurDir => {}
+            part => out.push(part),
+        }
+    }
+    if out.as_os_str().is_empty() { PathBuf::from(".") } else { out }
 }
 
 /// A model as opened from disk.

@@ -8,7 +8,7 @@ use crate::compile::{CompileInputs, Compiled, compile};
 use crate::diag::Diagnostic;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ExpertMapFile, SourceManifest};
-use crate::load::{FolderModules, OpenModel, Opened, folder_of, read_plan};
+use crate::load::{FolderModules, OpenModel, Opened, beside, read_plan};
 use crate::script::Limits;
 use crate::shard::ExpertMap;
 use crate::topo::{InferMesh, RankId, TrainMesh};
@@ -43,9 +43,8 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
         None => None,
     };
     let opened = Opened::default();
-    let root = folder_of(&args.plan);
     let open_model = |path: &str| {
-        let model = open(&root.join(path), weights)?;
+        let model = open(&beside(&args.plan, path), weights)?;
         let input = model.input(manifest.as_ref());
         opened.keep(model);
         Ok(input)

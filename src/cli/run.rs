@@ -11,7 +11,7 @@ use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::error::Error;
 use crate::exec::{Recorded, RunOptions, RunSummary, run_to_files};
-use crate::load::folder_of;
+use crate::load::beside;
 
 use super::args::{Backend, Finite, Path, PlanArgs, RunArgs};
 use super::inputs::{self, Loaded, Weights};
@@ -79,7 +79,7 @@ fn usable(args: &RunArgs) -> Result<(), Failure> {
 
 fn output(args: &RunArgs, compiled: &Compiled) -> Result<PathBuf, Failure> {
     let declared = compiled.declared.output.as_ref();
-    let declared = declared.map(|p| folder_of(&args.inputs.plan).join(p));
+    let declared = declared.map(|p| beside(&args.inputs.plan, p));
     args.out.clone().or(declared).ok_or_else(|| {
         Diagnostic::error("E0603", "there is no output folder")
             .hint("give --out DIR, or call output(path) in the plan")

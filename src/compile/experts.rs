@@ -23,11 +23,10 @@ impl Lowering<'_> {
             .collect();
         for (layer, map) in &self.inputs.experts {
             let mut found = false;
-            for stage in 0..self.front.stages.len() {
-                let plan = &self.front.stages[stage];
+            for (stage, (plan, types)) in self.front.stages.iter().zip(&types).enumerate() {
                 let prefix = format!("{layer}.");
                 for param in plan.params.iter().filter(|p| p.name.starts_with(&prefix)) {
-                    for count in expert_counts(plan, &types[stage], param.node) {
+                    for count in expert_counts(plan, types, param.node) {
                         found = true;
                         if let Some(why) = self.bad_map(map, count) {
                             let d = Diagnostic::error(
