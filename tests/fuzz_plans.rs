@@ -174,6 +174,46 @@ fn unchanged_plans_compile() {
     }
 }
 
+#[test]
+fn deep_texts_end() {
+    let many = |open: &str, inside: &str, close: &str| {
+        format!("let x = {}{inside}{};", open.repeat(20_000), close.repeat(20_000))
+    };
+    let texts = [
+        many("(", "1", ")"),
+        many("[", "1", "]"),
+        many("#{a:", "1", "}"),
+        many("{", "1", "}"),
+        many("!", "true", ""),
+        many("-", "1", ""),
+        many("if true { ", "1", " }"),
+        many("|a| ", "1", ""),
+        many("1 + ", "1", ""),
+        many("1 ** ", "1", ""),
+        many("true && ", "true", ""),
+        many("`${", "1", "}`"),
+        many("at(", "\"a\"", ")"),
+        many("", "at(\"a\")", ".at(\"b\")"),
+        many("", "[1]", "[0]"),
+        many("", "if false { 1 }", " else if false { 1 }"),
+        "fn f() { ".repeat(20_000),
+        format!("fn f(n) {{ {}f(n + 1){} }} f(0);", "[".repeat(25), "]".repeat(25)),
+        format!("fn f(n) {{ stack(0..1, |i| {}f(n){}); }} f(0);", "(".repeat(9), ")".repeat(9)),
+        "/*".repeat(20_000),
+        "let x = 1; ".repeat(20_000),
+        format!("let x = \"{}\";", "a".repeat(1 << 20)),
+        format!("let {} = 1;", "a".repeat(1 << 20)),
+    ];
+    for text in texts {
+        let mut setup = words();
+        setup.text = text;
+        if let Err(e) = setup.compile() {
+            let text = render(&e.error.diagnostics, &e.files, Format::Text { color: false });
+            assert!(text.starts_with("error[E"), "{text}");
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 

@@ -191,7 +191,7 @@ fn an_fp8_source_takes_the_form_of_its_target() {
     let out = with_fp8_source(&plan("none"), "tp=8");
     assert_eq!(found(&out, "w"), Ok(("bfloat16".into(), json!([32, 128]))));
     let why = found(&with_fp8_source(&plan("fp8::vllm"), "tp=4"), "w").unwrap_err();
-    assert!(why.contains("ranks 0 and 1 would share a tile"), "{why}");
+    assert!(why.contains("ranks 0 and 1, 2 and 3 would share tiles"), "{why}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! THE function that says what an operation's result looks like. Knows mesh sizes only as numbers.
 
 mod cuts;
+mod grid;
 mod quantized;
 
 use crate::dtype::DType;
@@ -8,7 +9,8 @@ use crate::dtype::DType;
 use super::op::reshape_dims;
 use super::{Dims, Op, Place, Plan, Quant, ScaleName, Source, SourceFormat, Type, show_shape};
 
-use cuts::{cut_label, divide, experts, head_rows, on_grid};
+use cuts::{divide, experts, head_rows};
+use grid::Cut;
 use quantized::{dequantize, quantize, refine};
 
 /// Said where a size surprises.
@@ -88,10 +90,7 @@ pub fn infer(
             let size = dim_of(t, *dim)?;
             let what = format!("{axis} = {parts}");
             let local = divide(size, parts, &what, *dim)?;
-            cut_label(&what, size, local, on_grid(t, *dim, local, parts)).map_err(|e| {
-                let label = e.label.map(|l| l + "; ranks 0 and 1 would share a tile");
-                TypeError { label, ..e }
-            })?;
+            Cut { what: &what, dim: *dim, local, parts, by_rank: true }.check(t)?;
             Ok(resized(t, *dim, local))
         }
         Op::Heads { axis, heads } => {
@@ -101,7 +100,8 @@ pub fn infer(
             let what = format!("{axis} = {ranks} over {heads} heads");
             // Fewer heads than ranks make fewer cuts: one head, repeated, makes none.
             let parts = ranks.min(*heads);
-            cut_label(&what, dim_of(t, 0)?, rows, on_grid(t, 0, rows, parts))?;
+            let by_rank = ranks <= *heads;
+            Cut { what: &what, dim: 0, local: rows, parts, by_rank }.check(t)?;
             Ok(resized(t, 0, rows))
         }
         Op::Experts { axis } => experts(first()?, place, *axis),

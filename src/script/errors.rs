@@ -1,13 +1,17 @@
 //! Translates rhai's own errors into diagnostics that a stranger can act on.
 
+use std::any::type_name;
+
 use rhai::{Dynamic, EvalAltResult, LexError, ParseError};
 
 use crate::diag::{Diagnostic, Span};
 
+use super::at_statement::Root;
 use super::definitions::RESERVED_WORD;
 use super::host::Raised;
 use super::limits::{MAP_ITEMS, MODULES, Stop, VARIABLES};
 use super::state::State;
+use super::values::{AxisValue, Block, Config, DTypeValue, Facts, RecipeValue, Tensor};
 
 /// What a plan can call, for "did you mean" and for the arguments that were expected.
 const SIGNATURES: &[(&str, &str)] = &[
@@ -316,7 +320,18 @@ pub(super) fn types(text: &str) -> String {
         ("&str", "string"),
         ("()", "nothing"),
     ];
-    names.iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+    let own = [
+        (type_name::<Block>(), "block"),
+        (type_name::<Tensor>(), "tensor"),
+        (type_name::<AxisValue>(), "axis"),
+        (type_name::<RecipeValue>(), "recipe"),
+        (type_name::<DTypeValue>(), "dtype"),
+        (type_name::<Facts>(), "target"),
+        (type_name::<Config>(), "model config"),
+        (type_name::<Root>(), "at"),
+        (type_name::<Raised>(), "error"),
+    ];
+    own.iter().chain(&names).fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 /// `shard (tensor, axis, i64)`: the name is not known, or the arguments do not fit.

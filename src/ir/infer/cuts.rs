@@ -1,4 +1,4 @@
-//! Cuts over mesh axes: what divides, and what stays on the tile grid.
+//! Cuts over mesh axes: what divides.
 
 use crate::topo::Axis;
 
@@ -48,38 +48,6 @@ pub(super) fn head_rows(
             "use a {axis} that divides {heads}, or is a multiple of it (heads then repeat)"
         ),
     )
-}
-
-/// True if cuts of `part` along `dim`, repeated over `parts`, stay on the tile grid.
-pub(super) fn on_grid(t: &Type, dim: usize, part: u64, parts: u64) -> Result<(), (u64, u64)> {
-    match t.quant {
-        Some(q) if in_matrix(t, dim) && parts > 1 && !part.is_multiple_of(q.block) => {
-            Err((part, q.block))
-        }
-        _ => Ok(()),
-    }
-}
-
-pub(super) fn cut_label(
-    what: &str,
-    size: u64,
-    local: u64,
-    cut: Result<(), (u64, u64)>,
-) -> Result<(), TypeError> {
-    let Err((at, block)) = cut else { return Ok(()) };
-    Err(TypeError {
-        code: "E0304",
-        message: format!("a cut at {at} crosses a quantization block of {block}"),
-        label: Some(format!(
-            "{what} cuts {size} into {local}: {at} mod {block} = {}",
-            at % block
-        )),
-        hint: Some(
-            "write .shard before .quantize to quantize each rank's own rows; an FP8 source \
-             can only be cut at multiples of its block"
-                .to_owned(),
-        ),
-    })
 }
 
 pub(super) fn experts(t: &Type, place: &Place, axis: Axis) -> Result<Type, TypeError> {
