@@ -221,6 +221,11 @@ fn tables_of_glm_moe_dsa() {
 }
 
 #[test]
+fn tables_of_deepseek_v3() {
+    all("tests/data/manifests/deepseek_v3", "plans/deepseek_v3.rhai", table_problems);
+}
+
+#[test]
 fn loads_of_qwen3() {
     all("tests/data/loads/qwen3-tied", "plans/qwen3.rhai", load_problems);
     all("tests/data/loads/qwen3-untied", "plans/qwen3.rhai", load_problems);
@@ -234,6 +239,16 @@ fn loads_of_qwen3_moe() {
 #[test]
 fn loads_of_glm_moe_dsa() {
     all("tests/data/loads/glm_moe_dsa", "plans/glm_moe_dsa.rhai", load_problems);
+}
+
+#[test]
+fn loads_of_deepseek_v3() {
+    let root = "../shared/golden/loads/deepseek_v3";
+    if !Path::new(root).exists() {
+        eprintln!("skipped: {root} is not there; its 8 MB would take tests/data past 50 MB");
+        return;
+    }
+    all(root, "plans/deepseek_v3.rhai", load_problems);
 }
 
 /// prime-rl's own converter on its trainer names; dims are those of the source's metadata.

@@ -141,6 +141,65 @@ fn sequence_parallel_ranks_hold_whole_mlps() {
     assert_eq!(shape("tp=2,dp=2,ep=4,pp=2", shared), json!([512, 256]));
 }
 
+fn deepseek() -> Value {
+    let mut config = glm();
+    config["model_type"] = json!("deepseek_v3");
+    config["num_hidden_layers"] = json!(2);
+    config["topk_method"] = json!("noaux_tc");
+    config
+}
+
+#[test]
+fn deepseek_keeps_the_dense_mlp_cut() {
+    let shape = |name: &str| {
+        let out = dry_run("deepseek_v3", &deepseek(), &["--infer", "tp=2,dp=2,ep=4"]);
+        found(&out, name).unwrap().1
+    };
+    assert_eq!(shape("model.layers.0.mlp.gate_up_proj.weight"), json!([512, 256]));
+    assert_eq!(
+        shape("model.layers.1.mlp.shared_experts.gate_up_proj.weight"),
+        json!([512, 256])
+    );
+}
+
+#[test]
+fn deepseek_follows_its_config() {
+    let names = |plan: &str, config: &Value| -> Vec<String> {
+        let table: Value =
+            serde_json::from_slice(&dry_run(plan, config, &["--infer", "tp=2"]).stdout)
+                .unwrap();
+        let rows = table["ranks"][0]["params"].as_array().unwrap().iter();
+        rows.map(|p| p["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let has_bias = |plan: &str, config: &Value| {
+        names(plan, config).iter().any(|n| n.ends_with("gate.e_score_correction_bias"))
+    };
+    let mut config = deepseek();
+    assert!(has_bias("deepseek_v3", &config));
+    config["topk_method"] = json!("greedy");
+    assert!(!has_bias("deepseek_v3", &config));
+    // What vLLM's config classes say of a config that does not name the method.
+    config.as_object_mut().unwrap().remove("topk_method");
+    assert!(!has_bias("deepseek_v3", &config));
+    config["model_type"] = json!("kimi_k2");
+    assert!(has_bias("kimi_k2", &config));
+
+    let mut config = deepseek();
+    config["q_lora_rank"] = Value::Null;
+    let out = dry_run("deepseek_v3", &config, &["--infer", "tp=2"]);
+    let shape =
+        |name: &str| found(&out, &format!("model.layers.0.self_attn.{name}")).unwrap().1;
+    assert_eq!(shape("q_proj.weight"), json!([640, 256]));
+    assert_eq!(shape("kv_a_proj_with_mqa.weight"), json!([192, 256]));
+    let attn = names("deepseek_v3", &config);
+    assert!(!attn.iter().any(|n| n.contains("q_a_") || n.contains("fused_qkv")));
+
+    let mut config = deepseek();
+    config["index_topk"] = json!(2048);
+    let why = found(&dry_run("deepseek_v3", &config, &[]), W13).unwrap_err();
+    assert!(why.contains("sparse indexer"), "{why}");
+}
+
 #[test]
 fn halves_follow_the_expert_kernel() {
     let sources = |backend: &str| -> Vec<String> {
@@ -156,6 +215,15 @@ fn halves_follow_the_expert_kernel() {
     assert!(sources("flashinfer_cutlass")[0].ends_with("experts.0.up_proj.weight"));
     let out = dry_run("qwen3_moe", &qwen3_moe(), &["--target", "moe_backend=marlin"]);
     assert!(found(&out, W13).unwrap_err().contains("marlin"));
+}
+
+#[test]
+fn a_function_without_parameters_reads_the_config() {
+    let text = r#"drop("v"); drop("w"); drop("w_scale_inv");
+        fn all() { require(model.get("x", ()) == (), "x"); }
+        all();"#;
+    let out = with_fp8_source(text, "tp=1");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }
 
 /// Dry run of a plan's text beside a checkpoint of `w` [256, 128] in FP8 and `v` [8] in bf16.

@@ -47,6 +47,11 @@ impl Definitions {
                 self.after_fn = false;
                 At::Names
             }
+            // Rhai reads `()` as one token, the empty list of a function's parameters too.
+            Token::Unit => {
+                self.after_fn = false;
+                At::Value
+            }
             Token::LeftParen | Token::Comma | Token::Identifier(_) if self.at == At::Names => {
                 At::Names
             }

@@ -24,6 +24,7 @@ pub struct BuiltinModules;
 const BUILTIN: &[(&str, &str)] = &[
     ("lib/attention.rhai", include_str!("../../plans/lib/attention.rhai")),
     ("lib/common.rhai", include_str!("../../plans/lib/common.rhai")),
+    ("lib/deepseek.rhai", include_str!("../../plans/lib/deepseek.rhai")),
     ("lib/mla.rhai", include_str!("../../plans/lib/mla.rhai")),
     ("lib/mlp.rhai", include_str!("../../plans/lib/mlp.rhai")),
     ("lib/moe.rhai", include_str!("../../plans/lib/moe.rhai")),
@@ -105,7 +106,10 @@ fn compile(
         Box::new(EvalAltResult::ErrorRuntime(Raised::value(d), e.position()))
     })?;
     ast.set_source(name);
-    for function in ast.iter_functions() {
+    // Rhai lists functions in the order of its hashes; hints name the shorter form first.
+    let mut functions: Vec<_> = ast.iter_functions().collect();
+    functions.sort_by_key(|f| (f.name, f.params.len()));
+    for function in functions {
         if !function.name.starts_with("anon$") {
             let signature = format!("{}({})", function.name, function.params.join(", "));
             state.borrow_mut().functions.push((function.name.to_owned(), signature));
