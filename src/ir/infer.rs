@@ -11,7 +11,7 @@ use super::{Dims, Op, Place, Plan, Quant, ScaleName, Source, SourceFormat, Type,
 
 use cuts::{divide, experts, head_rows};
 use grid::Cut;
-use quantized::{dequantize, quantize, refine};
+use quantized::{codes, dequantize, quantize, refine, scales};
 
 /// Said where a size surprises.
 const LOCAL: &str = "sizes are those of one rank, after every cut so far";
@@ -110,6 +110,8 @@ pub fn infer(
         }
         Op::Refine { block } => refine(first()?, *block),
         Op::Dequantize { dtype } => dequantize(first()?, *dtype),
+        Op::Codes => codes(first()?),
+        Op::Scales => scales(first()?),
         Op::Add => add(inputs),
         Op::Scale { .. } => {
             float_only(first()?, "*")?;

@@ -56,6 +56,10 @@ pub enum Op {
     Refine { block: u64 },
     /// f32(code) × f32(scale), rounded once to `dtype`; of an unquantized value a cast.
     Dequantize { dtype: DType },
+    /// The codes of a quantized value as a plain e4m3 tensor.
+    Codes,
+    /// The scales of a quantized value as a plain tensor: one number a tile, in the grid's shape.
+    Scales,
     /// Sum in f32, rounded to the operands' type.
     Add,
     /// Product with a constant in f32, rounded to the operand's type.
@@ -80,6 +84,8 @@ impl Op {
             Op::Quantize { .. } => "quantize",
             Op::Refine { .. } => "refine",
             Op::Dequantize { .. } => "dequantize",
+            Op::Codes => "codes",
+            Op::Scales => "scales",
             Op::Add => "+",
             Op::Scale { .. } => "*",
         }

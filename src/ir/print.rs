@@ -61,6 +61,8 @@ fn show(plan: &Plan, id: NodeId) -> String {
         }
         Op::Refine { block } => format!("{}.refine({block})", input(0)),
         Op::Dequantize { dtype } => format!("{}.dequantize({dtype})", input(0)),
+        Op::Codes => format!("{}.codes()", input(0)),
+        Op::Scales => format!("{}.scales()", input(0)),
         Op::Add => format!("({} + {})", input(0), input(1)),
         Op::Scale { factor } => format!("({} * {factor})", input(0)),
     }

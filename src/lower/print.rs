@@ -74,6 +74,8 @@ fn show_expr(program: &Program, expr: &Expr) -> String {
         Expr::Dequantize { dtype, tiles } => {
             format!("{}.dequantize({dtype})", show_tiles(program, tiles))
         }
+        Expr::Codes(tiles) => format!("{}.codes()", show_tiles(program, tiles)),
+        Expr::Scales { tiles, .. } => format!("{}.scales()", show_tiles(program, tiles)),
     }
 }
 

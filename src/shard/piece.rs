@@ -6,7 +6,8 @@ use crate::dtype::DType;
 use crate::fp8::Recipe;
 use crate::ir::Dims;
 
-use super::boxes::{Window, gcd, through_reshape};
+use super::boxes::Window;
+use super::moves::{crop_pieces, permute_pieces, reshape_pieces};
 
 /// Memory that a view points into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -95,6 +96,14 @@ pub enum Expr {
         dtype: DType,
         tiles: Box<Tiles>,
     },
+    /// The codes alone.
+    Codes(Box<Tiles>),
+    /// The scales alone, a number for each tile of a quantized box of lengths `of`.
+    Scales {
+        dtype: DType,
+        tiles: Box<Tiles>,
+        of: Dims,
+    },
 }
 
 /// A box of a local tensor (or of a window of it) and what fills it.
@@ -113,7 +122,8 @@ impl Expr {
             Expr::Dequantize { dtype, .. } => *dtype,
             Expr::Scale { value, .. } => value.dtype(),
             Expr::Add { left, .. } => left.dtype(),
-            Expr::Tiles(_) => DType::E4m3,
+            Expr::Scales { dtype, .. } => *dtype,
+            Expr::Tiles(_) | Expr::Codes(_) => DType::E4m3,
         }
     }
 
@@ -127,7 +137,10 @@ impl Expr {
                 left.views(f);
                 right.views(f);
             }
-            Expr::Tiles(tiles) | Expr::Dequantize { tiles, .. } => match &tiles.from {
+            Expr::Tiles(tiles)
+            | Expr::Codes(tiles)
+            | Expr::Scales { tiles, .. }
+            | Expr::Dequantize { tiles, .. } => match &tiles.from {
                 TilesFrom::Stored(stored) => {
                     f(&stored.codes);
                     f(&stored.scales.view);
@@ -139,12 +152,14 @@ impl Expr {
         }
     }
 
-    fn has_tiles(&self) -> bool {
+    pub(super) fn has_tiles(&self) -> bool {
         match self {
             Expr::Load(_) | Expr::Fill { .. } => false,
             Expr::Cast { value, .. } | Expr::Scale { value, .. } => value.has_tiles(),
             Expr::Add { left, right } => left.has_tiles() || right.has_tiles(),
-            Expr::Tiles(_) | Expr::Dequantize { .. } => true,
+            Expr::Tiles(_) | Expr::Dequantize { .. } | Expr::Codes(_) | Expr::Scales { .. } => {
+                true
+            }
         }
     }
 
@@ -167,11 +182,16 @@ impl Expr {
             Expr::Dequantize { dtype, tiles } => {
                 Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.crop(off, len)) }
             }
+            Expr::Codes(tiles) => Expr::Codes(Box::new(tiles.crop(off, len))),
+            Expr::Scales { dtype, tiles, of } => {
+                let (off, of) = elements_of(off, len, of, tiles.refined);
+                Expr::Scales { dtype: *dtype, tiles: Box::new(tiles.crop(&off, &of)), of }
+            }
         }
     }
 
     /// The expression with its dimensions reordered; none where a tile would not stay one.
-    fn permute(&self, dims: &[usize]) -> Option<Expr> {
+    pub(super) fn permute(&self, dims: &[usize]) -> Option<Expr> {
         Some(match self {
             Expr::Load(view) => Expr::Load(view.permute(dims)),
             Expr::Fill { .. } => self.clone(),
@@ -189,11 +209,17 @@ impl Expr {
             Expr::Dequantize { dtype, tiles } => {
                 Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.permute(dims)?) }
             }
+            Expr::Codes(tiles) => Expr::Codes(Box::new(tiles.permute(dims)?)),
+            Expr::Scales { dtype, tiles, of } => Expr::Scales {
+                dtype: *dtype,
+                tiles: Box::new(tiles.permute(dims)?),
+                of: dims.iter().map(|d| of[*d]).collect(),
+            },
         })
     }
 
     /// The expression over the same elements in another shape, where one strided box can say it.
-    fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Expr> {
+    pub(super) fn reshape(&self, old: &[u64], new: &[u64]) -> Option<Expr> {
         Some(match self {
             Expr::Load(view) => Expr::Load(view.reshape(old, new)?),
             Expr::Fill { .. } => self.clone(),
@@ -211,8 +237,30 @@ impl Expr {
             Expr::Dequantize { dtype, tiles } => {
                 Expr::Dequantize { dtype: *dtype, tiles: Box::new(tiles.reshape(old, new)?) }
             }
+            Expr::Codes(tiles) => Expr::Codes(Box::new(tiles.reshape(old, new)?)),
+            // Only the dimensions before the grid may change; others are split by the caller.
+            Expr::Scales { dtype, tiles, of } => {
+                let (matrix, m) = (&of[of.len() - 2..], new.len().checked_sub(2)?);
+                if old[old.len() - 2..] != new[m..] {
+                    return None;
+                }
+                let to: Dims = new[..m].iter().chain(matrix).copied().collect();
+                let tiles = Box::new(tiles.reshape(of, &to)?);
+                Expr::Scales { dtype: *dtype, tiles, of: to }
+            }
         })
     }
+}
+
+/// Where a part of a grid begins, and how long it is, in elements of the value under it.
+fn elements_of(off: &[u64], len: &[u64], of: &[u64], tile: u64) -> (Dims, Dims) {
+    let m = off.len() - 2;
+    let (mut start, mut size): (Dims, Dims) = (off.into(), len.into());
+    for d in m..off.len() {
+        start[d] = off[d] * tile;
+        size[d] = (len[d] * tile).min(of[d] - start[d]);
+    }
+    (start, size)
 }
 
 impl View {
@@ -367,99 +415,4 @@ impl Tiles {
         };
         Some(Tiles { from, refined: self.refined, phase: self.phase })
     }
-}
-
-/// The parts of some pieces inside a window, with places relative to it.
-pub(crate) fn crop_pieces(pieces: &[Piece], window: &Window) -> Vec<Piece> {
-    let mut out = Vec::new();
-    for piece in pieces {
-        let Some(common) = piece.at.intersect(window) else { continue };
-        let sub =
-            |a: &[u64], b: &[u64]| -> Dims { a.iter().zip(b).map(|(x, y)| x - y).collect() };
-        let expr = piece.expr.crop(&sub(&common.lo, &piece.at.lo), &common.len);
-        let lo = sub(&common.lo, &window.lo);
-        out.push(Piece { at: Window { lo, len: common.len }, expr });
-    }
-    out
-}
-
-/// The pieces of a tensor with its dimensions reordered; none where tiles cannot follow.
-pub(super) fn permute_pieces(pieces: &[Piece], dims: &[usize]) -> Option<Vec<Piece>> {
-    let pick = |v: &Dims| -> Dims { dims.iter().map(|d| v[*d]).collect() };
-    pieces
-        .iter()
-        .map(|p| {
-            let at = Window { lo: pick(&p.at.lo), len: pick(&p.at.len) };
-            Some(Piece { at, expr: p.expr.permute(dims)? })
-        })
-        .collect()
-}
-
-/// Pieces of a tensor of shape `old` as pieces of the same elements in shape `new`; none where
-/// a quantized value cannot follow.
-pub(super) fn reshape_pieces(
-    pieces: Vec<Piece>,
-    old: &[u64],
-    new: &[u64],
-) -> Option<Vec<Piece>> {
-    if old == new {
-        return Some(pieces);
-    }
-    let mut out = Vec::new();
-    for piece in &pieces {
-        for pair in through_reshape(new, old, &piece.at) {
-            let off: Dims = pair.new.lo.iter().zip(&piece.at.lo).map(|(a, b)| a - b).collect();
-            let part = piece.expr.crop(&off, &pair.new.len);
-            reshape_box(part, &pair.new.len, pair.old, &mut out)?;
-        }
-    }
-    Some(out)
-}
-
-/// One box of known order; split where no strided box can say it.
-fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Option<()> {
-    if let Some(expr) = expr.reshape(len, &to.len) {
-        out.push(Piece { at: to, expr });
-        return Some(());
-    }
-    if matches!(expr, Expr::Tiles(_)) {
-        return None;
-    }
-    let (dim, step) = match expr.has_tiles() {
-        true => tile_step(len, &to.len)?,
-        false => (len.iter().position(|n| *n > 1)?, 1),
-    };
-    let mut slab: Dims = len.into();
-    slab[dim] = step;
-    for i in (0..len[dim]).step_by(step as usize) {
-        let mut off: Dims = smallvec![0; len.len()];
-        off[dim] = i;
-        let part = Window { lo: off.clone(), len: slab.clone() };
-        for pair in through_reshape(&to.len, len, &part) {
-            let at = Window {
-                lo: pair.old.lo.iter().zip(&to.lo).map(|(a, b)| a + b).collect(),
-                len: pair.old.len,
-            };
-            let off: Dims = pair.new.lo;
-            reshape_box(expr.crop(&off, &pair.new.len), &pair.new.len, at, out)?;
-        }
-    }
-    Some(())
-}
-
-/// Where to split a box so that its parts keep their matrices in another shape: at the columns
-/// and rows that both shapes have, else one index at a time.
-///
-/// `[3584, 512] → [8, 448, 512]`: 448 rows at a time.
-fn tile_step(len: &[u64], to: &[u64]) -> Option<(usize, u64)> {
-    let ([.., r0, c0], [.., r1, c1]) = (len, to) else { return None };
-    let last = len.len() - 1;
-    let (rows, cols) = (gcd(*r0, *r1), gcd(*c0, *c1));
-    if cols < *c0 {
-        return Some((last, cols));
-    }
-    if c0 == c1 && rows < *r0 {
-        return Some((last - 1, rows));
-    }
-    len[..last].iter().position(|n| *n > 1).map(|dim| (dim, 1))
 }

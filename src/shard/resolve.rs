@@ -8,10 +8,8 @@ use crate::dtype::DType;
 use crate::ir::{Dims, NodeId, Op, Place, Plan, SourceFormat, Type};
 
 use super::boxes::{Window, row_major, through_reshape};
-use super::piece::{
-    Expr, Made, Piece, ScaleView, Storage, Stored, Tiles, TilesFrom, View, permute_pieces,
-    reshape_pieces,
-};
+use super::moves::{permute_pieces, reshape_pieces};
+use super::piece::{Expr, Made, Piece, ScaleView, Storage, Stored, Tiles, TilesFrom, View};
 
 /// Physical → logical expert ids by layer (`model.layers.3`); layers that are not named have
 /// vLLM's initial map.
@@ -130,6 +128,16 @@ impl Resolver<'_> {
                 }
                 Ok(pieces)
             }
+            Op::Codes => {
+                let mut pieces = inner(0, window)?;
+                for piece in &mut pieces {
+                    if let Expr::Tiles(tiles) = &piece.expr {
+                        piece.expr = Expr::Codes(tiles.clone());
+                    }
+                }
+                Ok(pieces)
+            }
+            Op::Scales => self.scales(id, node.inputs[0], window, walk),
             Op::Dequantize { dtype } => self.dequantize(node.inputs[0], *dtype, window, walk),
         }
     }
@@ -269,6 +277,30 @@ impl Resolver<'_> {
         Ok(pieces)
     }
 
+    /// A window of the grid, from the elements of the value under it.
+    fn scales(&self, id: NodeId, input: NodeId, window: &Window, walk: &Walk<'_>) -> Pieces {
+        let t = self.types[input.0 as usize].as_ref();
+        let tile = t.and_then(|t| t.quant).map_or(1, |q| q.block);
+        let (shape, m) = (self.shape(input), window.lo.len() - 2);
+        let mut under = window.clone();
+        for d in m..window.lo.len() {
+            under.lo[d] = window.lo[d] * tile;
+            under.len[d] = (window.len[d] * tile).min(shape[d] - under.lo[d]);
+        }
+        let mut pieces = self.walk(input, &under, walk)?;
+        for piece in &mut pieces {
+            let of = piece.at.len.clone();
+            for d in m..of.len() {
+                piece.at.lo[d] /= tile;
+                piece.at.len[d] = of[d].div_ceil(tile);
+            }
+            if let Expr::Tiles(tiles) = &piece.expr {
+                piece.expr = Expr::Scales { dtype: self.dtype(id), tiles: tiles.clone(), of };
+            }
+        }
+        Ok(pieces)
+    }
+
     /// A window of a parameter that has landed on this rank, in its own contiguous storage.
     fn landed_piece(&self, id: NodeId, param: u32, dtype: DType, window: &Window) -> Piece {
         let t = self.types[id.0 as usize].clone().unwrap_or(Type::plain(Dims::new(), dtype));
@@ -339,6 +371,11 @@ fn unsqueeze(expr: Expr) -> Expr {
         Expr::Tiles(tiles) => Expr::Tiles(Box::new(unsqueeze_tiles(*tiles))),
         Expr::Dequantize { dtype, tiles } => {
             Expr::Dequantize { dtype, tiles: Box::new(unsqueeze_tiles(*tiles)) }
+        }
+        Expr::Codes(tiles) => Expr::Codes(Box::new(unsqueeze_tiles(*tiles))),
+        Expr::Scales { dtype, tiles, mut of } => {
+            of.insert(0, 1);
+            Expr::Scales { dtype, tiles: Box::new(unsqueeze_tiles(*tiles)), of }
         }
     }
 }

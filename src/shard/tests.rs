@@ -8,7 +8,8 @@ use crate::dtype::DType;
 use crate::ir::Dims;
 
 use super::boxes::{Window, row_major, through_reshape};
-use super::piece::{Expr, Piece, Storage, View, crop_pieces, permute_pieces, reshape_pieces};
+use super::moves::{crop_pieces, permute_pieces, reshape_pieces};
+use super::piece::{Expr, Piece, Storage, View};
 
 /// Every index of a window, in order.
 fn indices(window: &Window) -> Vec<Vec<u64>> {

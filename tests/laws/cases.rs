@@ -151,6 +151,24 @@ impl Maker {
             }
         }
         self.lines.push(format!("b[\"p{number}\"] = {};", v.name));
+        if let Kind::Quant { block, e8m0 } = v.kind
+            && self.tape.one_in(3)
+        {
+            let (call, shape, kind) = match self.tape.one_in(2) {
+                true => ("codes()", v.shape.clone(), Kind::Plain(DType::E4m3)),
+                false => {
+                    let m = v.shape.len() - 2;
+                    let tiles = v.shape[m..].iter().map(|n| n.div_ceil(block));
+                    let grid = v.shape[..m].iter().copied().chain(tiles).collect();
+                    ("scales()", grid, Kind::Plain(if e8m0 { DType::E8m0 } else { DType::F32 }))
+                }
+            };
+            let mut part = self.apply(&v, call.to_owned(), shape, kind);
+            for _ in 0..self.tape.below(3) {
+                part = self.movement(&part).unwrap_or(part);
+            }
+            self.lines.push(format!("b[\"h{number}\"] = {};", part.name));
+        }
         if let Kind::Quant { .. } = v.kind
             && self.tape.one_in(2)
         {

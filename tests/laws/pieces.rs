@@ -137,6 +137,17 @@ impl Memory<'_> {
                 plain(a.into_iter().zip(b).map(sum).collect())
             }
             Expr::Tiles(tiles) => self.tiles(tiles, len),
+            Expr::Codes(tiles) => plain(self.tiles(tiles, len).bits),
+            Expr::Scales { dtype, tiles, of } => {
+                let scales = self.tiles(tiles, of).scales.expect("tiles have scales");
+                let (m, tile) = (of.len() - 2, tiles.refined as usize);
+                let (rows, cols) = (of[m] as usize, of[m + 1] as usize);
+                let first = scales.chunks(rows * cols).flat_map(|matrix| {
+                    let rows = matrix.chunks(cols).step_by(tile);
+                    rows.flat_map(|row| row.iter().copied().step_by(tile)).collect::<Vec<_>>()
+                });
+                plain(first.map(|s| cast(DType::F32, *dtype, s)).collect())
+            }
             Expr::Dequantize { dtype, tiles } => {
                 let value = self.tiles(tiles, len);
                 let scales = value.scales.expect("tiles have scales");
@@ -232,7 +243,9 @@ fn narrow(dtype: DType, x: f32) -> u32 {
         DType::F32 => x.to_bits(),
         DType::Bf16 => u32::from(codec::f32_to_bf16(x)),
         DType::F16 => u32::from(codec::f32_to_f16(x)),
-        DType::E4m3 | DType::E8m0 | DType::I32 | DType::U8 => panic!("no result in {dtype}"),
+        DType::E4m3 => u32::from(codec::e4m3_satfinite(x)),
+        DType::E8m0 => u32::from(codec::e8m0_encode(x)),
+        DType::I32 | DType::U8 => panic!("no result in {dtype}"),
     }
 }
 

@@ -158,6 +158,21 @@ fn expr(rows: &dyn Rows, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> 
             fill(*dtype, f64::from_bits(*bits), out);
             Ok(())
         }
+        Expr::Codes(tiles) => {
+            let mut scales = vec![0f32; count(&tile_dims(len, tiles.refined))];
+            tiles_into(rows, tiles, len, out, &mut scales).map(|_| ())
+        }
+        Expr::Scales { dtype, tiles, of } => {
+            let mut scales = vec![0f32; count(len)];
+            tiles_into(rows, tiles, of, &mut vec![0; count(of)], &mut scales)?;
+            match dtype {
+                DType::E8m0 => {
+                    out.iter_mut().zip(scales).for_each(|(o, s)| *o = e8m0_encode(s));
+                }
+                _ => out.copy_from_slice(bytemuck::cast_slice(&scales)),
+            }
+            Ok(())
+        }
         _ => {
             let numbers = numbers(rows, e, len)?;
             out.copy_from_slice(Bits::from_f32(&numbers, e.dtype()).bytes());
@@ -190,7 +205,7 @@ fn numbers(rows: &dyn Rows, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
         Expr::Dequantize { dtype, tiles } => {
             Ok(rounded(dequantized(rows, tiles, len)?, *dtype))
         }
-        Expr::Tiles(_) => {
+        Expr::Tiles(_) | Expr::Codes(_) | Expr::Scales { .. } => {
             Err(Diagnostic::error("E0502", "a quantized value where numbers are wanted"))
         }
     }

@@ -130,6 +130,8 @@ impl<'a> Walk<'_, 'a> {
                 self.quantize(id, node.inputs[0], recipe, part, at, out)
             }
             Op::Quantize { .. } | Op::Refine { .. } => self.fill(node.inputs[0], part, at, out),
+            Op::Codes => self.fill(node.inputs[0], Part::Values, at, out),
+            Op::Scales => self.scales(id, node.inputs[0], at, out),
             Op::Dequantize { dtype } if input(0).quant.is_some() => {
                 let mut scales = vec![0; out.len()];
                 self.fill(node.inputs[0], Part::Values, at, out)?;
@@ -141,6 +143,22 @@ impl<'a> Walk<'_, 'a> {
             }
             Op::Dequantize { dtype } => self.cast(node.inputs[0], *dtype, at, out),
         }
+    }
+
+    /// Scales along a row of the grid: those of the first element of each tile.
+    fn scales(&mut self, id: NodeId, input: NodeId, at: &[u64], out: &mut [u32]) -> Result<()> {
+        let dtype = self.oracle.type_of(id).dtype;
+        let tile = self.oracle.type_of(input).quant.map_or(1, |q| q.block);
+        let mut first: Dims = at.into();
+        let m = first.len() - 2;
+        (first[m], first[m + 1]) = (at[m] * tile, at[m + 1] * tile);
+        for scale in out {
+            let mut one = [0];
+            self.fill(input, Part::Scales, &first, &mut one)?;
+            *scale = cast(DType::F32, dtype, one[0]);
+            first[m + 1] += tile;
+        }
+        Ok(())
     }
 
     fn source(&mut self, id: SourceId, part: Part, at: &[u64], out: &mut [u32]) -> Result<()> {

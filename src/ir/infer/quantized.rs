@@ -70,3 +70,25 @@ pub(super) fn dequantize(t: &Type, dtype: DType) -> Result<Type, TypeError> {
     }
     checked(Type::plain(t.shape.clone(), dtype))
 }
+
+pub(super) fn codes(t: &Type) -> Result<Type, TypeError> {
+    match t.quant {
+        Some(_) => Ok(Type::plain(t.shape.clone(), t.dtype)),
+        None => not_quantized("codes"),
+    }
+}
+
+pub(super) fn scales(t: &Type) -> Result<Type, TypeError> {
+    match (t.scale_shape(), t.scale_dtype()) {
+        (Some(shape), Some(dtype)) => Ok(Type::plain(shape, dtype)),
+        _ => not_quantized("scales"),
+    }
+}
+
+fn not_quantized(op: &str) -> Result<Type, TypeError> {
+    hinted(
+        "E0208",
+        format!("{op} of a value that is not quantized"),
+        "write .quantize(..) first",
+    )
+}

@@ -185,6 +185,12 @@ fn values(engine: &mut Engine, state: &Shared) {
         "refine",
         move |ctx: NativeCallContext, t: &mut Tensor, r: RecipeValue| refine(&s, &ctx, *t, r),
     );
+    for (word, op) in [("codes", Op::Codes), ("scales", Op::Scales)] {
+        let s = Rc::clone(state);
+        engine.register_fn(word, move |ctx: NativeCallContext, t: &mut Tensor| {
+            push(&s, &ctx, op.clone(), &[*t])
+        });
+    }
     let s = Rc::clone(state);
     engine.register_fn("+", move |ctx: NativeCallContext, a: Tensor, b: Tensor| {
         push(&s, &ctx, Op::Add, &[a, b])
