@@ -222,8 +222,8 @@ fn cat(inputs: &[&Type], dim: usize) -> Result<Type, TypeError> {
                     q.block,
                     t.shape[dim] % q.block
                 ),
-                "join first and quantize then; parts of an FP8 source with a grid each cannot \
-                 be joined here",
+                "join first and quantize then; a receiver with a grid a part takes .codes() and \
+                 .scales() of the parts, joined on their own",
             );
         }
     }
