@@ -106,7 +106,8 @@ fn copy_loop(dir: &Path, read: u64, written: u64, files: usize) -> Duration {
                     let n = PART.min(read - part * PART);
                     let bytes = &mut buffer[..n as usize];
                     source.read_exact_at(bytes, part * PART).expect("a read");
-                    let out = n * written / read;
+                    // Padding can make the output larger than the input.
+                    let out = (n * written / read).min(n);
                     let at = part * PART * written / read;
                     let file = &outs[(at / each.max(1)).min(files as u64 - 1) as usize];
                     file.write_all_at(&bytes[..out as usize], at % each.max(1))

@@ -29,7 +29,7 @@ impl Bounds {
 }
 
 /// Bytes of a chunk that keep its input and output in a core's cache.
-const CHUNK: u64 = 512 << 10;
+const CHUNK: u64 = 256 << 10;
 
 /// Builds the graph of a program. Deterministic: buckets follow the units' order.
 pub fn build(program: &Program, bounds: Bounds) -> Graph {

@@ -1,5 +1,7 @@
 //! Makes the bytes of a box from its expression: gather, cast, add, quantize, dequantize.
 
+use std::cell::Cell;
+
 use smallvec::smallvec;
 
 use crate::diag::Diagnostic;
@@ -258,8 +260,9 @@ fn tiles_into(
         && made.extent[..] == *len
         && tiles.refined == tiles.block()
     {
-        let (input, dtype) = input_of(rows, made)?;
-        return Ok(quantize_all(made, &input, dtype, codes, scales));
+        return with_input(rows, made, |input, dtype| {
+            quantize_all(made, input, dtype, codes, scales)
+        });
     }
     let coarse = coarse_tiles(rows, tiles, len, codes)?;
     refine(&coarse.scales, &coarse.grid, tiles, len, scales);
@@ -287,11 +290,12 @@ fn coarse_tiles(
             Ok(Coarse { scales, grid, finite: true })
         }
         TilesFrom::Made(made) => {
-            let (input, dtype) = input_of(rows, made)?;
             let grid = tile_dims(&made.extent, tiles.block());
             let mut all_codes = vec![0u8; count(&made.extent)];
             let mut scales = vec![0f32; count(&grid)];
-            let finite = quantize_all(made, &input, dtype, &mut all_codes, &mut scales);
+            let finite = with_input(rows, made, |input, dtype| {
+                quantize_all(made, input, dtype, &mut all_codes, &mut scales)
+            })?;
             let mut off: Dims = smallvec![0; len.len()];
             let m = len.len() - 2;
             (off[m], off[m + 1]) = (tiles.phase[0], tiles.phase[1]);
@@ -301,12 +305,34 @@ fn coarse_tiles(
     }
 }
 
-/// What a recipe reads, and its type.
-fn input_of(rows: &dyn Rows, made: &Made) -> Fallible<(Bits, DType)> {
+thread_local! {
+    /// Kept between chunks: clearing it for each would cost as much as quantizing what it holds.
+    static INPUT: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
+}
+
+/// Reads what a recipe quantizes, and hands it to `f` with its type.
+fn with_input<T>(
+    rows: &dyn Rows,
+    made: &Made,
+    f: impl FnOnce(&Bits, DType) -> T,
+) -> Fallible<T> {
     let dtype = made.input.first().map_or(DType::F32, |p| p.expr.dtype());
-    let mut input = Bits::zeros(dtype, count(&made.extent));
+    let size = count(&made.extent);
+    let mut input = match dtype.size() {
+        2 => {
+            let mut kept = INPUT.take();
+            // The pieces cover every element, so what an earlier chunk left is never seen.
+            kept.resize(size, 0);
+            Bits::B16(kept)
+        }
+        _ => Bits::zeros(dtype, size),
+    };
     values(rows, &made.input, &made.extent, dtype, input.bytes_mut())?;
-    Ok((input, dtype))
+    let done = f(&input, dtype);
+    if let Bits::B16(kept) = input {
+        INPUT.set(kept);
+    }
+    Ok(done)
 }
 
 /// The stored scales of the tiles that a box touches, and their grid.
