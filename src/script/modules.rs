@@ -105,7 +105,10 @@ fn compile(
         Box::new(EvalAltResult::ErrorRuntime(Raised::value(d), e.position()))
     })?;
     ast.set_source(name);
-    for function in ast.iter_functions() {
+    // Rhai keeps functions in a hash map whose order differs from build to build.
+    let mut functions: Vec<_> = ast.iter_functions().collect();
+    functions.sort_by_key(|f| (f.name, f.params.len()));
+    for function in functions {
         if !function.name.starts_with("anon$") {
             let signature = format!("{}({})", function.name, function.params.join(", "));
             state.borrow_mut().functions.push((function.name.to_owned(), signature));
