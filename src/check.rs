@@ -47,8 +47,12 @@ pub fn check(
             return Err(d.hint("give the receiver's topology with --infer").into());
         };
         report.ranks.push(rank);
+        let before = problems.len();
         let mut one = Comparison { compiled, program, manifest, file, report: &mut report };
         one.run(&mut problems, &mut kept);
+        if problems[before..].iter().any(Diagnostic::is_error) {
+            problems.splice(before..before, other_topology(compiled, file, manifest));
+        }
     }
     let rules = keep_rules(compiled);
     for (index, rule) in rules.iter().enumerate() {
@@ -59,6 +63,23 @@ pub fn check(
         }
     }
     Ok((report, problems))
+}
+
+/// Where a receiver's own topology is another, that is why its shapes are.
+fn other_topology(
+    compiled: &Compiled,
+    file: &str,
+    manifest: &ReceiverManifest,
+) -> Option<Diagnostic> {
+    let (theirs, ours) = (manifest.topology.as_ref()?, &compiled.mesh);
+    let axes =
+        [("tp", theirs.tp, ours.tp), ("dp", theirs.dp, ours.dp), ("pp", theirs.pp, ours.pp)];
+    let (axis, its, own) = axes.into_iter().find(|(_, its, own)| its != own)?;
+    let d = Diagnostic::error(
+        "E0307",
+        format!("{file} is of {axis}={its}, the plan is compiled for {axis}={own}"),
+    );
+    Some(d.hint("give the receiver's topology with --infer"))
 }
 
 /// Keep rules of all stages, each place once.
@@ -220,7 +241,8 @@ impl Comparison<'_> {
         }
         if make > 0 && have > make && have.is_multiple_of(make) {
             return Some(format!(
-                "the receiver holds {} times dimension {d}: it does not cut it so far",
+                "the receiver holds {} times as much of dimension {d}: is it cut once too often, or \
+                 the topology another?",
                 have / make
             ));
         }

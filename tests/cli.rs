@@ -72,6 +72,10 @@ fn exit_statuses_tell_refusal_usage_and_device_apart() {
     assert_eq!(status(&["dry-run"]), Some(2));
     assert_eq!(status(&["explain", "E9999"]), Some(2));
     assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--set", "quant"]), Some(2));
+    assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--infer", "tp"]), Some(2));
+    assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--infer", "ep=3"]), Some(1));
+    assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--train", "xp=2"]), Some(2));
+    assert_eq!(status(&["dry-run", "plans/quickstart.rhai", "--rank", "2"]), Some(2));
     assert_eq!(status(&["run", "plans/quickstart.rhai", "--backend", "cuda"]), Some(3));
 }
 
@@ -122,4 +126,98 @@ fn nothing_is_written_when_a_plan_is_refused() {
     assert_eq!(engine(&args).status.code(), Some(1));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     assert!(!Path::new(&out).exists());
+}
+
+/// A folder with an empty config and one tensor `w` of [4, 4], and a plan beside it.
+fn one_tensor(plan: &str) -> (tempfile::TempDir, String, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::write(model.join("config.json"), "{}").unwrap();
+    let header = br#"{"w":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header);
+    bytes.extend([0; 64]);
+    std::fs::write(model.join("model.safetensors"), bytes).unwrap();
+    let path = dir.path().join("p.rhai");
+    std::fs::write(&path, plan).unwrap();
+    let text = |p: &Path| p.to_str().unwrap().to_owned();
+    let (path, model) = (text(&path), text(&model));
+    (dir, path, model)
+}
+
+fn stderr(args: &[&str]) -> String {
+    String::from_utf8(engine(args).stderr).unwrap()
+}
+
+#[test]
+fn a_plan_can_print_and_json_stays_clean() {
+    let plan = "print(6 * 7); at(\"\").copy(\"w\", [4, 4], f32);";
+    let (_dir, plan, model) = one_tensor(plan);
+    let args = ["dry-run", &plan, "--model", &model];
+    assert_eq!(stderr(&args), "42\n");
+    assert_eq!(stderr(&[&args[..], &["--format", "json"]].concat()), "");
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_an_error() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+    let out = command.args(["dry-run", "plans/quickstart.rhai"]).stdout(full).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("E0601"));
+}
+
+#[test]
+fn likely_slips_have_a_hint() {
+    for (plan, hint) in [
+        ("at(\"\").copy(\"weight\", [4, 4]);", "the source holds w"),
+        ("at(\"\")[\"w\"] = at(\"\").src(\"w\", [4, 4]).quantize(fp8.vllm);", "fp8::vllm"),
+        ("at(\"\")[\"w\"] = at(\"\").src(\"w\", [4, 4]).to(bfloat16);", "written `bf16`"),
+    ] {
+        let (_dir, plan, model) = one_tensor(plan);
+        let text = stderr(&["dry-run", &plan, "--model", &model]);
+        assert!(text.contains(hint), "{text}");
+    }
+    let two = ["dry-run", "plans/quickstart.rhai", "--set", "quant=bf16,recipe=vllm"];
+    assert!(stderr(&two).contains("--set quant=bf16 --set recipe=vllm"));
+    let (_dir, plan, model) = one_tensor("");
+    let weights = format!("{model}/model.safetensors");
+    assert!(stderr(&["dry-run", &plan, "--model", &weights]).contains("give the folder"));
+}
+
+#[test]
+fn verify_tells_a_changed_checkpoint_from_a_changed_output() {
+    let (dir, plan, model) = one_tensor("at(\"\").copy(\"w\", [4, 4], f32);");
+    let out = dir.path().join("out");
+    let out = out.to_str().unwrap();
+    stdout(&["run", &plan, "--model", &model, "--out", out]);
+    let weights = format!("{model}/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() = 1;
+    std::fs::write(&weights, bytes).unwrap();
+    assert!(stderr(&["verify", out]).contains("has the checkpoint changed since?"));
+    let file = format!("{out}/rank-0/model-rank-0-part-0.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() = 2;
+    std::fs::write(&file, bytes).unwrap();
+    let text = stderr(&["verify", out]);
+    assert!(
+        text.contains("has changed since the run") && !text.contains("checkpoint"),
+        "{text}"
+    );
+}
+
+#[test]
+fn check_names_the_topology_that_differs() {
+    let table = "tests/data/manifests/qwen3/qwen3-8b.tp2.bf16.rank1.json";
+    let text: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(table).unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.json");
+    std::fs::write(&config, text["hf_config"].to_string()).unwrap();
+    let config = config.to_str().unwrap();
+    let args = ["check", "plans/qwen3.rhai", "--model", config, "--manifest", table];
+    let text = stderr(&[&args[..], &["--infer", "tp=4"]].concat());
+    assert!(text.contains("is of tp=2, the plan is compiled for tp=4"), "{text}");
 }

@@ -58,7 +58,7 @@ pub struct PlanArgs {
     /// Facts about the receiver: sm=90,moe_backend=triton,...
     #[arg(long, value_name = "K=V,...", value_delimiter = ',')]
     pub target: Vec<String>,
-    /// Value of an option that the plan declares
+    /// Value of an option that the plan declares; give --set once for each
     #[arg(long, value_name = "K=V")]
     pub set: Vec<String>,
     /// Physical to logical experts by layer, as JSON
@@ -106,6 +106,8 @@ pub enum ReportFormat {
 }
 
 #[derive(Debug, ClapArgs)]
+// The plan stands before --manifest, which takes every word up to the next flag.
+#[command(override_usage = "engine check [OPTIONS] <PLAN> --manifest <FILE>...")]
 pub struct CheckArgs {
     #[command(flatten)]
     pub inputs: PlanArgs,
@@ -186,7 +188,7 @@ fn size(text: &str) -> Result<u64, String> {
         "k" | "kib" => 1 << 10,
         "m" | "mib" => 1 << 20,
         "g" | "gib" => 1 << 30,
-        other => return Err(format!("unknown unit {other}")),
+        other => return Err(format!("unknown unit {other}: give bytes, KiB, MiB or GiB")),
     };
     let number: u64 = digits.parse().map_err(|_| "not a whole number of bytes".to_owned())?;
     let bytes = number.checked_mul(unit).ok_or("too large")?;

@@ -42,6 +42,5 @@ pub(super) fn run(args: &CheckArgs) -> Result<(), Failure> {
             ranks.join(", ")
         )
     };
-    print(&(text + "\n"));
-    Ok(())
+    print(&(text + "\n"))
 }

@@ -28,8 +28,7 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         }
         Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),
     };
-    print(&text);
-    Ok(())
+    print(&text)
 }
 
 fn shapes(compiled: &Compiled, wanted: Option<&[RankId]>, format: TableFormat) -> String {

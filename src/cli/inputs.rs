@@ -55,9 +55,9 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
         modules: Rc::new(FolderModules::beside(&args.plan)),
         model: given.as_ref().map(|m| m.input(manifest.as_ref())),
         open_model: &open_model,
-        mesh: args.infer.as_deref().map(InferMesh::parse).transpose()?,
+        mesh: args.infer.as_deref().map(mesh).transpose()?,
         train: match &args.train {
-            Some(axes) => TrainMesh::parse(axes)?,
+            Some(axes) => TrainMesh::parse(axes).map_err(misused)?,
             None => TrainMesh::single(),
         },
         options: pairs("--set", &args.set)?,
@@ -67,6 +67,11 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
     })?;
     let model = given.or_else(|| opened.take());
     Ok(Loaded { compiled, model })
+}
+
+/// Text that names no axes is a slip of the command line; a mesh that cannot be is refused.
+fn mesh(text: &str) -> Result<InferMesh> {
+    Ok(InferMesh::from_axes(InferMesh::axes(text).map_err(misused)?)?)
 }
 
 fn open(path: &Path, weights: Weights) -> Result<OpenModel> {
@@ -84,7 +89,11 @@ fn has_weights(folder: &Path) -> bool {
 }
 
 fn usage(message: String, hint: &str) -> Error {
-    let d = Diagnostic::error("E0109", message).hint(hint);
+    misused(Diagnostic::error("E0109", message).hint(hint))
+}
+
+/// An error of the command line itself, with its own exit status.
+pub(super) fn misused(d: Diagnostic) -> Error {
     Error { kind: ErrorKind::Usage, diagnostics: vec![d] }
 }
 
@@ -92,11 +101,20 @@ fn pairs(flag: &str, words: &[String]) -> Result<BTreeMap<String, String>> {
     let mut out = BTreeMap::new();
     for word in words.iter().map(|w| w.trim()).filter(|w| !w.is_empty()) {
         let Some((key, value)) = word.split_once('=') else {
+            let example = if flag == "--set" { "quant=fp8_block" } else { "sm=90" };
             return Err(usage(
                 format!("{flag} {word} is not K=V"),
-                "for example quant=fp8_block",
+                &format!("for example {flag} {example}"),
             ));
         };
+        // Only `--target` takes commas; here the rest would become part of the value.
+        if value.split_once(',').is_some_and(|(_, rest)| rest.contains('=')) {
+            let hint = format!(
+                "give {flag} once for each: {flag} {}",
+                word.replace(',', &format!(" {flag} "))
+            );
+            return Err(usage(format!("{flag} {word} holds more than one K=V"), &hint));
+        }
         if out.insert(key.to_owned(), value.to_owned()).is_some() {
             return Err(usage(format!("{flag} gives {key} twice"), "give each key once"));
         }
@@ -131,11 +149,17 @@ pub(super) fn ranks(text: Option<&str>, mesh: &InferMesh) -> Result<Option<Vec<R
         Some("all") => Ok(Some(mesh.ranks().collect())),
         Some(text) => match text.parse::<u64>() {
             Ok(rank) if rank < world => Ok(Some(vec![RankId(rank)])),
-            _ => Err(Diagnostic::error(
+            _ => Err(misused(Diagnostic::error(
                 "E0307",
-                format!("--rank {text}: ranks of one replica of {mesh} are 0 to {}", world - 1),
-            )
-            .into()),
+                format!(
+                    "--rank {text} is neither `all` nor a rank: one replica of {mesh} has {}",
+                    if world == 1 {
+                        "rank 0".to_owned()
+                    } else {
+                        format!("ranks 0 to {}", world - 1)
+                    }
+                ),
+            ))),
         },
     }
 }

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::diag::{Diagnostic, Format, SourceMap, render, summary};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 pub use args::Args;
 use args::Command;
@@ -50,6 +50,9 @@ impl From<crate::compile::CompileError> for Failure {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let json = args.command.json();
+    if !json {
+        show_prints();
+    }
     let result = match &args.command {
         Command::DryRun(a) => dry_run::run(a),
         Command::Run(a) => run::run(a),
@@ -60,7 +63,8 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            report(&failure.error.diagnostics, &failure.files, json);
+            let line = last_line(&failure.error);
+            report_with(&failure.error.diagnostics, &failure.files, json, &line);
             ExitCode::from(failure.error.exit_code())
         }
     }
@@ -71,23 +75,49 @@ pub(crate) fn styled() -> bool {
     std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
+/// Shows what a plan prints, on standard error; `RUST_LOG` asks for more.
+fn show_prints() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("plan=info"));
+    let lines = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    // A host program may have set its own.
+    let _ = lines.without_time().with_level(false).with_target(false).try_init();
+}
+
+/// How a failed command ends: a command line that makes no sense is not the plan's fault.
+fn last_line(error: &Error) -> String {
+    match error.kind {
+        ErrorKind::Usage => {
+            "error: nothing was done; `--help` lists what is accepted".to_owned()
+        }
+        _ => summary(&error.diagnostics),
+    }
+}
+
 /// Prints diagnostics on standard error.
 pub(crate) fn report(diagnostics: &[Diagnostic], files: &SourceMap, json: bool) {
+    report_with(diagnostics, files, json, &summary(diagnostics));
+}
+
+fn report_with(diagnostics: &[Diagnostic], files: &SourceMap, json: bool, line: &str) {
     let mut err = std::io::stderr().lock();
     let color = err.is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let format = if json { Format::Json } else { Format::Text { color } };
     // Nobody is left to tell if standard error is closed.
     let _ = write!(err, "{}", render(diagnostics, files, format));
-    if !json {
-        let line = summary(diagnostics);
-        if !line.is_empty() {
-            let _ = writeln!(err, "\n{line}");
-        }
+    if !json && !line.is_empty() {
+        let _ = writeln!(err, "\n{line}");
     }
 }
 
-/// Prints a result on standard output; a closed pipe is not an error.
-pub(crate) fn print(text: &str) {
+/// Prints a result on standard output; a closed pipe is not an error, a full disk is.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            let why = format!("cannot write to standard output: {e}");
+            Err(Diagnostic::error("E0601", why).into())
+        }
+        _ => Ok(()),
+    }
 }

@@ -15,7 +15,7 @@ use crate::load::beside;
 
 use super::args::{Backend, Finite, Path, PlanArgs, RunArgs};
 use super::inputs::{self, Loaded, Weights};
-use super::{Failure, print, report};
+use super::{Failure, human, print, report};
 
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     usable(args)?;
@@ -55,10 +55,11 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     let fail = |error: Error| Failure { error, files: compiled.files().clone() };
     let summary = done.map_err(fail)?;
     report(&summary.notes, compiled.files(), false);
-    print(&sentence(&summary));
+    print(&sentence(&summary))?;
     if args.verify {
         let found = crate::verify::verify_output(&out, None)?;
-        print(&format!("verified {} tensors with the oracle\n", found.tensors));
+        let tensors = human::counted(found.tensors, "tensor");
+        print(&format!("verified {tensors} with the oracle\n"))?;
     }
     Ok(())
 }
@@ -81,9 +82,9 @@ fn output(args: &RunArgs, compiled: &Compiled) -> Result<PathBuf, Failure> {
     let declared = compiled.declared.output.as_ref();
     let declared = declared.map(|p| beside(&args.inputs.plan, p));
     args.out.clone().or(declared).ok_or_else(|| {
-        Diagnostic::error("E0603", "there is no output folder")
-            .hint("give --out DIR, or call output(path) in the plan")
-            .into()
+        let d = Diagnostic::error("E0603", "no output folder is named")
+            .hint("give --out DIR, or call output(path) in the plan");
+        inputs::misused(d).into()
     })
 }
 
@@ -118,10 +119,10 @@ fn progress_bar(bytes: u64) -> ProgressBar {
 fn sentence(s: &RunSummary) -> String {
     let seconds = s.elapsed.as_secs_f64();
     format!(
-        "wrote {} tensors, {} for {} ranks to {} in {seconds:.2} s ({}/s read, staging {})\n",
-        s.params,
+        "wrote {}, {} for {} to {} in {seconds:.2} s ({}/s read, staging {})\n",
+        human::counted(s.params, "tensor"),
         HumanBytes(s.written_bytes),
-        s.ranks,
+        human::counted(s.ranks as u64, "rank"),
         s.out.display(),
         HumanBytes((s.read_bytes as f64 / seconds.max(1e-9)) as u64),
         HumanBytes(s.staging_bytes),

@@ -205,7 +205,8 @@ fn totals(compiled: &Compiled) -> Vec<String> {
         parts[0].push_str(&format!(" in each of {replicas} replicas"));
     }
     let all = each.iter().fold(0u64, |all, b| all.saturating_add(*b)).saturating_mul(replicas);
-    parts.push(format!("{} parameters a rank", between(&counts, human::count)));
+    let noun = if counts.iter().all(|n| *n == 1) { "parameter" } else { "parameters" };
+    parts.push(format!("{} {noun} a rank", between(&counts, human::count)));
     parts.push(format!("{} a rank", between(&each, human::bytes)));
     if each.len() > 1 || replicas > 1 {
         parts.push(format!("{} in all", human::bytes(all)));

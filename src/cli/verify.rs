@@ -5,7 +5,7 @@ use indicatif::HumanBytes;
 use crate::verify::verify_output;
 
 use super::args::{ReportFormat, VerifyArgs};
-use super::{Failure, print};
+use super::{Failure, human, print};
 
 pub(super) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let found = verify_output(&args.out, args.model.as_deref())?;
@@ -14,12 +14,11 @@ pub(super) fn run(args: &VerifyArgs) -> Result<(), Failure> {
             serde_json::json!({ "schema": 1, "verified": found, "mismatches": [] }).to_string()
         }
         ReportFormat::Table => format!(
-            "verified: {} tensors of {} ranks, {}, every byte as the oracle makes it",
-            found.tensors,
-            found.ranks,
+            "verified: {} of {}, {}, every byte as the oracle makes it",
+            human::counted(found.tensors, "tensor"),
+            human::counted(found.ranks, "rank"),
             HumanBytes(found.bytes)
         ),
     };
-    print(&(text + "\n"));
-    Ok(())
+    print(&(text + "\n"))
 }

@@ -19,6 +19,11 @@ pub fn read_config(path: &Path) -> Result<(Value, PathBuf)> {
         let hint = "give the model's folder, or the path of its config.json";
         return Err(Diagnostic::error("E0417", text).hint(hint).into());
     }
+    if file.extension().is_some_and(|e| e == "safetensors") {
+        let text = format!("{} is a weights file, not a model config", file.display());
+        let hint = "give the folder that holds it and config.json";
+        return Err(Diagnostic::error("E0417", text).hint(hint).into());
+    }
     let value: Value = json::read(&file, "model config", "E0417")?;
     if !value.is_object() {
         let text = format!("model config {} is not a JSON object", file.display());

@@ -51,6 +51,9 @@ pub(super) fn open(path: &Path) -> Result<Header, HeaderFault> {
     Ok(read(path.to_path_buf(), file)?)
 }
 
+/// What helps where a file ends too early.
+const AGAIN: &str = "copy or download the file again";
+
 fn read(path: PathBuf, file: File) -> Result<Header, Diagnostic> {
     let os = |e: std::io::Error| fault::os("read", &path, &e);
     let name = path.display();
@@ -58,7 +61,8 @@ fn read(path: PathBuf, file: File) -> Result<Header, Diagnostic> {
     if size < LENGTH {
         return Err(bad(format!(
             "{name} is {size} bytes long and ends before its header length (8 bytes)"
-        )));
+        ))
+        .hint(AGAIN));
     }
     let mut length = [0; LENGTH as usize];
     file.read_exact_at(&mut length, 0).map_err(os)?;
@@ -79,7 +83,8 @@ fn read(path: PathBuf, file: File) -> Result<Header, Diagnostic> {
         return Err(bad(format!(
             "{name} is truncated: it declares a header of {length} bytes, but ends after {}",
             size - LENGTH
-        )));
+        ))
+        .hint(AGAIN));
     }
     // The length was checked against the limit and the file, so this allocation is bounded.
     let mut bytes = vec![0; length as usize];
@@ -93,7 +98,7 @@ fn read(path: PathBuf, file: File) -> Result<Header, Diagnostic> {
             "{name} is {problem}: its header declares {declared} bytes of data, the file has \
              {real}"
         ))
-        .hint("copy or download the file again"));
+        .hint(AGAIN));
     }
     Ok(Header { path, file, size, tensors, data })
 }

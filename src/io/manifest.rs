@@ -16,6 +16,7 @@ use crate::error::Result;
 
 /// What one inference rank of a server holds, as the server printed it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(expecting = "an object")]
 pub struct ReceiverManifest {
     #[serde(default)]
     pub model: Option<String>,
@@ -115,6 +116,7 @@ pub struct ExpertMapFile {
 
 /// What a trainer holds and how its mesh cuts it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(expecting = "an object")]
 pub struct SourceManifest {
     pub schema: u64,
     /// Mesh axes and their sizes, outermost first.
@@ -188,7 +190,7 @@ impl ReceiverManifest {
     /// Reads and checks a receiver manifest.
     pub fn read(path: &Path) -> Result<ReceiverManifest> {
         let what = "receiver manifest";
-        let manifest: ReceiverManifest = json::read(path, what, "E0419")?;
+        let manifest: ReceiverManifest = form(json::read(path, what, "E0419"))?;
         let refuse = |reason: &str| refused(what, path, reason);
         if manifest.rest.contains_key("relative_to") {
             return Err(refuse("it is a difference to another manifest")
@@ -210,12 +212,13 @@ impl ExpertMapFile {
     /// Reads and checks an expert map.
     pub fn read(path: &Path) -> Result<ExpertMapFile> {
         #[derive(Deserialize)]
+        #[serde(expecting = "an object")]
         struct Raw {
             schema: u64,
             layers: Pairs<Vec<u64>>,
         }
         let what = "expert map";
-        let raw: Raw = json::read(path, what, "E0419")?;
+        let raw: Raw = form(json::read(path, what, "E0419"))?;
         schema_is_1(raw.schema)
             .and_then(|()| no_repeats(raw.layers.repeated))
             .map_err(|reason| refused(what, path, &reason))?;
@@ -227,7 +230,7 @@ impl SourceManifest {
     /// Reads and checks a source manifest.
     pub fn read(path: &Path) -> Result<SourceManifest> {
         let what = "source manifest";
-        let manifest: SourceManifest = json::read(path, what, "E0419")?;
+        let manifest: SourceManifest = form(json::read(path, what, "E0419"))?;
         manifest.check().map_err(|reason| refused(what, path, &reason))?;
         Ok(manifest)
     }
@@ -259,6 +262,14 @@ impl SourceManifest {
         }
         Ok(())
     }
+}
+
+/// Adds where the expected form is written down, unless the problem has a hint of its own.
+fn form<T>(read: std::result::Result<T, Diagnostic>) -> std::result::Result<T, Diagnostic> {
+    read.map_err(|d| match (d.code, &d.hint) {
+        ("E0419", None) => d.hint("`engine explain E0419` shows the form of each input file"),
+        _ => d,
+    })
 }
 
 fn schema_is_1(schema: u64) -> std::result::Result<(), String> {

@@ -400,6 +400,12 @@ fn unknown_variable(state: &State, name: &str, at: Span) -> Diagnostic {
         return unknown_constant(name, space, wanted).at(at);
     }
     let d = Diagnostic::error("E0103", format!("there is no variable `{name}`")).at(at);
+    if name == "fp8" {
+        return d.hint("recipes are written with two colons, such as fp8::vllm");
+    }
+    if let Some(dtype) = crate::dtype::DType::from_torch_name(name) {
+        return d.hint(format!("torch's {name} is written `{dtype}`"));
+    }
     let words = state.files.text(at.file).split(|c: char| !c.is_alphanumeric() && c != '_');
     let words = words.filter(|w| w.len() > 1 && *w != name);
     let known = super::host::RESERVED.into_iter().chain(words);

@@ -109,8 +109,18 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
     declarations::register(engine, state);
     super::config::register(engine, state);
     super::at_statement::register(engine);
-    engine.on_print(|text| tracing::info!(target: "plan", "{text}"));
-    engine.on_debug(|text, _, _| tracing::debug!(target: "plan", "{text}"));
+    // A run up to a trap only repeats what was printed before.
+    let (first, again) = (Rc::clone(state), Rc::clone(state));
+    engine.on_print(move |text| {
+        if first.borrow().trap.is_none() {
+            tracing::info!(target: "plan", "{text}");
+        }
+    });
+    engine.on_debug(move |text, _, _| {
+        if again.borrow().trap.is_none() {
+            tracing::info!(target: "plan", "{text}");
+        }
+    });
 }
 
 /// Reserved names, visible everywhere; defining one is refused.

@@ -53,7 +53,7 @@ pub(super) struct State {
     catalog: HashMap<String, CatalogEntry>,
     has_catalog: bool,
     events: u32,
-    trap: Option<u32>,
+    pub(super) trap: Option<u32>,
     notes: Vec<Diagnostic>,
 }
 

@@ -108,7 +108,12 @@ impl InferMesh {
     /// E0307 for an unknown or repeated axis, a size that is not a positive integer, an ep that
     /// is neither 1 nor dp × tp, and redundant experts without eplb.
     pub fn parse(text: &str) -> Result<Self, Diagnostic> {
-        InferMesh::from_axes(super::train::parse_axes(text, &AXES)?)
+        InferMesh::from_axes(InferMesh::axes(text)?)
+    }
+
+    /// The names and sizes alone: text that is well formed may still be no mesh.
+    pub fn axes(text: &str) -> Result<BTreeMap<String, u64>, Diagnostic> {
+        super::train::parse_axes(text, &AXES)
     }
 
     /// Builds a mesh from named sizes, as [`InferMesh::parse`] does.

@@ -53,8 +53,8 @@ fn read_manifest(out: &Path) -> Result<OutputManifest> {
         let d = Diagnostic::error("E0607", why);
         d.hint("verify takes the folder that `engine run` wrote; run again if it is damaged")
     };
-    let value: serde_json::Value = read_json(&out.join("manifest.json"), "manifest.json")
-        .map_err(|e| {
+    let value: serde_json::Value =
+        read_json(&out.join("manifest.json"), "manifest").map_err(|e| {
             let why = e.diagnostics.first().map_or_else(String::new, |d| d.message.clone());
             damaged(why)
         })?;
@@ -167,7 +167,8 @@ fn compare_rank(
         };
         if checksum_tensor(&file, entry)? != t.checksum {
             let why = format!("{} of rank {} has another checksum", t.name, listed.rank);
-            problems.push(Diagnostic::error("E0606", why).about(&t.name));
+            let d = Diagnostic::error("E0606", why).about(&t.name);
+            problems.push(d.hint("the file has changed since the run wrote it"));
         }
         tensors.push(FileTensor {
             name: t.name.clone(),
@@ -184,7 +185,12 @@ fn compare_rank(
         Ok(bytes)
     };
     let mismatches = verify_rank(oracle, listed.rank, &tensors, &read)?;
-    problems.extend(mismatches.iter().map(super::Mismatch::diagnostic));
+    // Files that are as the run wrote them point at its input, which trainers overwrite.
+    let intact = problems.is_empty();
+    problems.extend(mismatches.iter().map(super::Mismatch::diagnostic).map(|d| match intact {
+        true => d.hint("the file is as the run wrote it: has the checkpoint changed since?"),
+        false => d,
+    }));
     Ok(problems)
 }
 

@@ -124,12 +124,13 @@ anew: scales cannot be guessed from codes.",
     },
     Code {
         code: "E0413",
-        title: "a file of the index is missing",
+        title: "weights are missing",
         text: "\
-`model.safetensors.index.json` names a file that is not in the folder: a download or a
-copy was not finished. The message counts the tensors that are missing with it. Nothing
-was read; fetch the file and run again. A file that was renamed must be renamed in the
-index.",
+run and verify read weights, but --model is left out, names a config.json alone, or a
+folder without safetensors files. Or `model.safetensors.index.json` names a file that is
+not in the folder: a download or a copy was not finished. The message counts the
+tensors that are missing with it. Nothing was read; fetch the file and run again. A file
+that was renamed must be renamed in the index.",
     },
     Code {
         code: "E0414",
@@ -162,8 +163,8 @@ again from the files.",
         title: "config.json is missing or not valid JSON",
         text: "\
 Shapes come from the model's config, so nothing can be planned without it. --model takes
-the folder that holds config.json, or the file itself. For dry-run, check and simulate
-the file alone is enough; run and verify need the weights beside it.",
+the folder that holds config.json, or the file itself. For dry-run and check the
+file alone is enough; run and verify need the weights beside it.",
     },
     Code {
         code: "E0418",
@@ -177,10 +178,16 @@ not part of the model, `drop` it in the plan; otherwise convert the checkpoint."
         code: "E0419",
         title: "an input file is malformed",
         text: "\
-A manifest, an expert map or a cluster file is not the JSON that is expected: it does
-not parse, has another schema number, a key is missing or unknown, or a value has the
-wrong type. The message names the file and the key. Files of another version of the
-engine or of the exporter must be written anew.",
+A manifest or an expert map is not the JSON that is expected: it does not parse, has
+another schema number, a key is missing, or a value has the wrong type. The message
+names the file and the key. The forms, of --expert-map (the logical expert in each
+physical slot), of --source-manifest and of --manifest:
+    {\"schema\": 1, \"layers\": {\"model.layers.3\": [0, 2, 1, 2]}}
+    {\"schema\": 1, \"mesh\": [[\"fsdp\", 2]], \"tensors\": [{\"name\": \"w\",
+     \"dtype\": \"bfloat16\", \"shape\": [4, 4], \"placements\": [\"S(0)\"]}]}
+    {\"parameters\": [{\"name\": \"w\", \"dtype\": \"bfloat16\", \"shape\": [4, 4],
+     \"stride\": [4, 1]}], \"buffers\": [], \"aliases\": [{\"name\": \"v\", \"of\": \"w\"}],
+     \"topology\": {\"tp\": 2, \"global_rank\": 1, \"tp_rank\": 1}}",
     },
     Code {
         code: "E0420",

@@ -93,7 +93,8 @@ impl State {
         for (d, _) in missing.take(8) {
             let wanted = d.subject.clone().unwrap_or_default();
             d.hint = crate::script::nearest_name(&wanted, names.iter().copied())
-                .map(|near| format!("the nearest name is {near}"));
+                .map(|near| format!("the nearest name is {near}"))
+                .or_else(|| held(&names));
         }
     }
 
@@ -171,5 +172,15 @@ impl<'a> SegmentRuns<'a> {
 
     fn plain(&self, pattern: &str) -> bool {
         !pattern.contains('*') && !pattern.starts_with("re:")
+    }
+}
+
+/// What a source holds, in short: how its names are made is often the answer.
+fn held(names: &[&str]) -> Option<String> {
+    let shown = names.get(..3).unwrap_or(names).join(", ");
+    match names.len() {
+        0 => None,
+        1..=3 => Some(format!("the source holds {shown}")),
+        n => Some(format!("the source holds {shown} and {} more", n - 3)),
     }
 }
