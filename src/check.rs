@@ -74,7 +74,8 @@ fn other_topology(
     let (theirs, ours) = (manifest.topology.as_ref()?, &compiled.mesh);
     let axes =
         [("tp", theirs.tp, ours.tp), ("dp", theirs.dp, ours.dp), ("pp", theirs.pp, ours.pp)];
-    let (axis, its, own) = axes.into_iter().find(|(_, its, own)| its != own)?;
+    let known = axes.into_iter().filter_map(|(axis, its, own)| Some((axis, its?, own)));
+    let (axis, its, own) = known.into_iter().find(|(_, its, own)| its != own)?;
     let d = Diagnostic::error(
         "E0307",
         format!("{file} is of {axis}={its}, the plan is compiled for {axis}={own}"),

@@ -8,8 +8,11 @@ use half::bf16;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
+/// Name, shape, and the value of the element at a flat index.
+type Source = (&'static str, Vec<usize>, fn(usize) -> f32);
+
 /// Saves bf16 tensors whose elements follow their index.
-fn save(folder: &Path, tensors: &[(&str, Vec<usize>, fn(usize) -> f32)]) {
+fn save(folder: &Path, tensors: &[Source]) {
     let bytes: Vec<Vec<u8>> = tensors
         .iter()
         .map(|(_, shape, value)| {
@@ -25,11 +28,7 @@ fn save(folder: &Path, tensors: &[(&str, Vec<usize>, fn(usize) -> f32)]) {
 }
 
 /// Runs a plan, has the oracle verify it, and gives the bytes of rank 0's file.
-fn rank_file(
-    plan: &str,
-    infer: &str,
-    tensors: &[(&str, Vec<usize>, fn(usize) -> f32)],
-) -> Vec<u8> {
+fn rank_file(plan: &str, infer: &str, tensors: &[Source]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     save(dir.path(), tensors);
     let (path, out) = (dir.path().join("plan.rhai"), dir.path().join("out"));
@@ -69,7 +68,7 @@ const FOUR_C: u32 = 0x3C12_4925;
 
 #[test]
 fn halves_below_a_block_have_a_grid_each() {
-    let tensors: [(&str, Vec<usize>, fn(usize) -> f32); 2] =
+    let tensors: [Source; 2] =
         [("shared.gate", vec![512, 2048], |_| 1.0), ("shared.up", vec![512, 2048], |_| 4.0)];
     let bytes = rank_file(HALVES, "tp=8", &tensors);
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -93,7 +92,7 @@ a["turned"] = gate.permute([0, 2, 1]).scales();
 a["inner"] = up.scales().slice(1, 1..3).slice(2, 1..2);
 a["powers"] = up.dequantize(f32).quantize(fp8::ue8m0.scales(e8m0)).scales();
 "#;
-    let tensors: [(&str, Vec<usize>, fn(usize) -> f32); 2] = [
+    let tensors: [Source; 2] = [
         ("a.gate", vec![8, 320, 384], |_| 1.0),
         ("a.up", vec![8, 320, 384], |i| (i % 911) as f32 / 64.0 - 3.0),
     ];

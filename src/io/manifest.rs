@@ -49,17 +49,13 @@ pub struct ReceiverManifest {
     pub rest: BTreeMap<String, Value>,
 }
 
-/// Where a receiver stands in its mesh.
+/// Where a receiver stands in its mesh. A size that the manifest does not name is not known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReceiverTopology {
-    #[serde(default = "one")]
-    pub tp: u64,
-    #[serde(default = "one")]
-    pub dp: u64,
-    #[serde(default = "one")]
-    pub ep: u64,
-    #[serde(default = "one")]
-    pub pp: u64,
+    pub tp: Option<u64>,
+    pub dp: Option<u64>,
+    pub ep: Option<u64>,
+    pub pp: Option<u64>,
     #[serde(default)]
     pub enable_expert_parallel: bool,
     #[serde(default)]
@@ -180,10 +176,6 @@ impl TryFrom<String> for Placement {
             _ => Err(format!("{text:?} is no placement: expected R, S(dim) or SS(dim,split)")),
         }
     }
-}
-
-const fn one() -> u64 {
-    1
 }
 
 impl ReceiverManifest {

@@ -283,9 +283,9 @@ impl Resolver<'_> {
         let tile = t.and_then(|t| t.quant).map_or(1, |q| q.block);
         let (shape, m) = (self.shape(input), window.lo.len() - 2);
         let mut under = window.clone();
-        for d in m..window.lo.len() {
+        for (d, size) in shape.iter().enumerate().skip(m) {
             under.lo[d] = window.lo[d] * tile;
-            under.len[d] = (window.len[d] * tile).min(shape[d] - under.lo[d]);
+            under.len[d] = (window.len[d] * tile).min(size - under.lo[d]);
         }
         let mut pieces = self.walk(input, &under, walk)?;
         for piece in &mut pieces {

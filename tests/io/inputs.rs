@@ -35,7 +35,7 @@ fn manifests() {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/io");
     let receiver = ReceiverManifest::read(&data.join("receiver.json")).unwrap();
     let topology = receiver.topology.as_ref().unwrap();
-    assert_eq!((topology.tp, topology.ep_rank, topology.pp), (2, 1, 1));
+    assert_eq!((topology.tp, topology.ep_rank, topology.pp), (Some(2), 1, None));
     assert_eq!(receiver.parameters[1].dtype(), Some(DType::E4m3));
     assert_eq!(receiver.parameters[2].stride.as_deref(), Some(&[1, 4][..]));
     assert_eq!(
