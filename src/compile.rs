@@ -125,12 +125,12 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     })
 }
 
-/// Digest of the plan files, options, topology and the whole program.
+/// Digest of the plan files' texts, options, topology and the whole program. Where the files lie
+/// does not count: ranks of several hosts compare it.
 fn digest(inputs: &CompileInputs<'_>, front: &Front, program: &Program) -> String {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
     for plan in &front.stages {
-        for (name, text) in plan.files.files() {
-            hash.update(name.as_bytes());
+        for (_, text) in plan.files.files() {
             hash.update(text.as_bytes());
         }
         hash.update(format!("{:?}", plan.options).as_bytes());

@@ -1,6 +1,5 @@
 //! Opens what a plan needs from disk: its modules, the model's config, the checkpoint.
 
-use std::cell::RefCell;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -113,20 +112,6 @@ impl OpenModel {
             (None, None) => None,
         };
         ModelInput { config: self.config.clone(), catalog }
-    }
-}
-
-/// Holds the model that a plan's own `input(path)` opened, for the caller of the compiler.
-#[derive(Default)]
-pub struct Opened(RefCell<Option<OpenModel>>);
-
-impl Opened {
-    pub fn keep(&self, model: OpenModel) {
-        *self.0.borrow_mut() = Some(model);
-    }
-
-    pub fn take(self) -> Option<OpenModel> {
-        self.0.into_inner()
     }
 }
 

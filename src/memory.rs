@@ -8,7 +8,7 @@ use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::graph::{Bounds, build, check};
+use crate::exec::graph_of;
 use crate::ir::show_shape;
 use crate::lower::{Part, RankProgram, TargetKind};
 use crate::script::{Catalog, CatalogEntry};
@@ -107,8 +107,7 @@ pub fn update(
     options: &Options<'_>,
 ) -> Result<Report> {
     let program = &compiled.program;
-    let graph = build(program, Bounds::with_staging(staging));
-    check(program, &graph)?;
+    let graph = graph_of(compiled, staging)?;
     let rows = MemoryRows::bind(compiled, sources)?;
     match_targets(compiled, targets)?;
     let sinks: Vec<RankSink<'_, '_>> =

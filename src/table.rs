@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::compile::Compiled;
 use crate::ir::Rule;
-use crate::lower::{Part, RankProgram, Target, TargetKind};
+use crate::lower::{RankProgram, Target, TargetKind};
 use crate::topo::{InferMesh, RankId, TrainMesh};
 
 /// Version of the JSON form; keys may be added under the same number.
@@ -146,7 +146,7 @@ fn param_rows(compiled: &Compiled, rank: &RankProgram, target: &Target) -> Vec<P
                 .then(|| s.strides.to_vec()),
             bytes: s.bytes(),
             sources: target.sources.clone(),
-            recipe: target.recipe.filter(|_| matches!(s.part, Part::Values | Part::Scales)),
+            recipe: target.recipe,
             at: files.show(target.span),
         })
         .collect()

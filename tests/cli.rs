@@ -221,3 +221,16 @@ fn check_names_the_topology_that_differs() {
     let text = stderr(&[&args[..], &["--infer", "tp=4"]].concat());
     assert!(text.contains("is of tp=2, the plan is compiled for tp=4"), "{text}");
 }
+
+#[test]
+fn the_digest_does_not_depend_on_how_the_plan_is_named() {
+    let digest = |plan: &str| {
+        let text = stdout(&["dry-run", plan, "--format", "json"]);
+        let table: serde_json::Value = serde_json::from_str(&text).unwrap();
+        table["plan_digest"].as_str().unwrap().to_owned()
+    };
+    let absolute = Path::new("plans/quickstart.rhai").canonicalize().unwrap();
+    let named =
+        ["plans/quickstart.rhai", "./plans/quickstart.rhai", absolute.to_str().unwrap()];
+    assert_eq!(named.map(digest)[..2], [digest(named[2]), digest(named[2])]);
+}

@@ -58,6 +58,15 @@ struct Memory<'a> {
     fails: AtomicBool,
 }
 
+/// A reader with a bug.
+struct Panics;
+
+impl Rows for Panics {
+    fn read(&self, _: Storage, _: Strided, _: &mut [u8]) -> Result<(), Diagnostic> {
+        panic!("a reader with a bug")
+    }
+}
+
 impl Rows for Memory<'_> {
     fn read(&self, _: Storage, rows: Strided, buf: &mut [u8]) -> Result<(), Diagnostic> {
         if self.fails.load(Ordering::Relaxed) {
@@ -76,6 +85,7 @@ enum Mood {
     Fine,
     Fails,
     Hangs,
+    Panics,
 }
 
 struct Rank {
@@ -89,6 +99,7 @@ impl Sink for Rank {
             Mood::Fails => return Err(Diagnostic::error("E0601", "the disk is full")),
             // Far longer than the time limit below, and not for ever: the thread is joined.
             Mood::Hangs => std::thread::sleep(Duration::from_millis(1500)),
+            Mood::Panics => panic!("a sink with a bug"),
             Mood::Fine => {}
         }
         *self.written.lock().unwrap() += bytes.len() as u64;
@@ -181,4 +192,23 @@ fn non_finite_weights_are_let_through_when_asked_and_reported() {
     assert_eq!(report.non_finite.len(), 1);
     assert_eq!((report.non_finite[0].count, report.non_finite[0].kind), (2, "NaN"));
     assert_eq!(*ranks[1].written.lock().unwrap(), RANK_BYTES);
+}
+
+#[test]
+fn a_panic_in_either_side_is_an_error_and_never_success() {
+    let bytes = ones();
+    let compiled = compiled(&bytes);
+    let graph = graph(&compiled);
+    let options = Options {
+        finite: FiniteCheck::During,
+        timeout: Duration::from_secs(10),
+        progress: &|_| {},
+    };
+    let memory = Memory { bytes: &bytes, fails: AtomicBool::new(false) };
+    for (rows, mood) in [(&Panics as &dyn Rows, Mood::Fine), (&memory, Mood::Panics)] {
+        let ranks = [mood; 2].map(|mood| Rank { mood, written: Mutex::new(0) });
+        let sinks: Vec<&dyn Sink> = ranks.iter().map(|r| r as &dyn Sink).collect();
+        let e = run(&compiled.program, &graph, rows, &sinks, &options).unwrap_err();
+        assert_eq!((e.exit_code(), e.diagnostics[0].code), (3, "E0502"));
+    }
 }

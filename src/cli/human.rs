@@ -26,15 +26,7 @@ pub(super) fn bytes(bytes: u64) -> String {
 
 /// A count with a comma at each thousand: `60,123`.
 pub(super) fn count(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
+    indicatif::HumanCount(n).to_string()
 }
 
 /// `1 rank`, `8 ranks`.

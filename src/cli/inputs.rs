@@ -1,5 +1,6 @@
 //! From arguments to a compiled plan: the part that every command shares.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -8,7 +9,7 @@ use crate::compile::{CompileInputs, Compiled, compile};
 use crate::diag::Diagnostic;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ExpertMapFile, SourceManifest};
-use crate::load::{FolderModules, OpenModel, Opened, beside, read_plan};
+use crate::load::{FolderModules, OpenModel, beside, read_plan};
 use crate::script::Limits;
 use crate::shard::ExpertMap;
 use crate::topo::{InferMesh, RankId, TrainMesh};
@@ -42,11 +43,12 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
         Some(path) => Some(open(path, weights)?),
         None => None,
     };
-    let opened = Opened::default();
+    let opened = OnceCell::new();
     let open_model = |path: &str| {
         let model = open(&beside(&args.plan, path), weights)?;
         let input = model.input(manifest.as_ref());
-        opened.keep(model);
+        // The compiler opens a declared model once; it keeps the first.
+        let _ = opened.set(model);
         Ok(input)
     };
     let compiled = compile(CompileInputs {
@@ -65,7 +67,7 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
         experts,
         limits: Limits::default(),
     })?;
-    let model = given.or_else(|| opened.take());
+    let model = given.or_else(|| opened.into_inner());
     Ok(Loaded { compiled, model })
 }
 

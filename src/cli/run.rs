@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::backend::cpu::FiniteCheck;
 use crate::compile::Compiled;
@@ -121,10 +121,10 @@ fn sentence(s: &RunSummary) -> String {
     format!(
         "wrote {}, {} for {} to {} in {seconds:.2} s ({}/s read, staging {})\n",
         human::counted(s.params, "tensor"),
-        HumanBytes(s.written_bytes),
+        human::bytes(s.written_bytes),
         human::counted(s.ranks as u64, "rank"),
         s.out.display(),
-        HumanBytes((s.read_bytes as f64 / seconds.max(1e-9)) as u64),
-        HumanBytes(s.staging_bytes),
+        human::bytes((s.read_bytes as f64 / seconds.max(1e-9)) as u64),
+        human::bytes(s.staging_bytes),
     )
 }

@@ -1,7 +1,5 @@
 //! `engine verify`: recompute a run's output with the oracle.
 
-use indicatif::HumanBytes;
-
 use crate::verify::verify_output;
 
 use super::args::{ReportFormat, VerifyArgs};
@@ -17,7 +15,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<(), Failure> {
             "verified: {} of {}, {}, every byte as the oracle makes it",
             human::counted(found.tensors, "tensor"),
             human::counted(found.ranks, "rank"),
-            HumanBytes(found.bytes)
+            human::bytes(found.bytes)
         ),
     };
     print(&(text + "\n"))

@@ -119,9 +119,7 @@ impl<'a> Lowering<'a> {
         let (types, errors) = infer_all(plan, place);
         for (index, e) in errors {
             let node = &plan.nodes[index];
-            let mut d = Diagnostic::error(e.code, e.message).at(node.span);
-            d.label = e.label;
-            d.hint = e.hint;
+            let mut d = e.at(node.span);
             d.subject = first_source(&plan.nodes, &plan.sources, NodeId(index as u32));
             self.problems.push(Late { stage, event: Some(node.event), diagnostic: d });
         }

@@ -109,8 +109,7 @@ pub(crate) fn tiles(dims: &[u64], block: u64) -> Dims {
     dims.iter().enumerate().map(|(d, n)| if d >= m { n.div_ceil(block) } else { *n }).collect()
 }
 
-/// Halves nothing: cuts along the first dimension that is not cut yet, into as few parts as
-/// keep to the limit, and goes one dimension deeper where one index alone is too large.
+/// Cuts along the first dimension that is not cut yet, into as few parts as keep to the limit, and goes one dimension deeper where one index alone is too large.
 fn split(
     window: &Window,
     dim: usize,

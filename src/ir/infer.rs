@@ -4,6 +4,7 @@ mod cuts;
 mod grid;
 mod quantized;
 
+use crate::diag::{Diagnostic, Span};
 use crate::dtype::DType;
 
 use super::op::reshape_dims;
@@ -24,6 +25,16 @@ pub struct TypeError {
     /// Text under the caret.
     pub label: Option<String>,
     pub hint: Option<String>,
+}
+
+impl TypeError {
+    /// The error at its place in the plan.
+    pub fn at(self, span: Span) -> Diagnostic {
+        let mut d = Diagnostic::error(self.code, self.message).at(span);
+        d.label = self.label;
+        d.hint = self.hint;
+        d
+    }
 }
 
 fn bad<T>(code: &'static str, message: impl Into<String>) -> Result<T, TypeError> {

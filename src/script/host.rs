@@ -139,6 +139,9 @@ fn names(engine: &mut Engine, state: &Shared) {
 }
 
 fn reserved(state: &State, name: &str) -> Option<Dynamic> {
+    if name == "first_stage" || name == "last_stage" {
+        state.stage_asked.set(true);
+    }
     if let Some(axis) = Axis::ALL.into_iter().find(|a| a.name() == name) {
         return Some(Dynamic::from(AxisValue { axis, size: state.mesh.size(axis) }));
     }

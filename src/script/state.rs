@@ -3,6 +3,7 @@
 mod finish;
 mod sources;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
@@ -27,6 +28,8 @@ pub(super) struct State {
     pub mesh: InferMesh,
     pub wants_declared_mesh: bool,
     pub stage: u64,
+    /// Set when the script asks which layers or ends its stage holds.
+    pub stage_asked: Cell<bool>,
     pub target: BTreeMap<String, String>,
     pub declared: Declared,
     pub limits: Limits,
@@ -78,6 +81,7 @@ impl State {
             mesh: request.mesh.clone(),
             wants_declared_mesh: request.mesh_open,
             stage: request.at.pp,
+            stage_asked: Cell::new(false),
             target: request.target.clone(),
             declared: Declared::default(),
             limits: request.limits.clone(),
@@ -167,7 +171,7 @@ impl State {
                 Ok(Tensor(Some(id)))
             }
             Err(e) => {
-                let mut d = type_diagnostic(e, span);
+                let mut d = e.at(span);
                 d.subject =
                     ids.first().and_then(|id| first_source(&self.nodes, &self.sources, *id));
                 self.problem(event, d);
@@ -257,12 +261,4 @@ fn ignore_list(model: Option<&Value>) -> Result<Vec<Pattern>, String> {
             None => Err(format!("{entry} in the ignore list is not a name")),
         })
         .collect()
-}
-
-/// A type error at its place in the plan.
-pub(super) fn type_diagnostic(e: crate::ir::TypeError, span: Span) -> Diagnostic {
-    let mut d = Diagnostic::error(e.code, e.message).at(span);
-    d.label = e.label;
-    d.hint = e.hint;
-    d
 }

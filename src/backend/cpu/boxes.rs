@@ -14,6 +14,31 @@ pub(super) fn contiguous(lo: &[u64], len: &[u64], whole: &[u64]) -> Option<u64> 
     Some(lo.iter().zip(row_major(whole)).map(|(i, s)| i * s).sum())
 }
 
+/// First elements of the rows of a box in a larger row-major tensor, in the box's order.
+fn row_starts<'a>(
+    lo: &'a [u64],
+    len: &'a [u64],
+    whole: &[u64],
+) -> impl Iterator<Item = u64> + 'a {
+    let strides = row_major(whole);
+    let outer = len.len().saturating_sub(1);
+    let rows: u64 = len[..outer].iter().product();
+    (0..rows).map(move |row| {
+        let mut left = row;
+        let mut at = lo.get(outer).copied().unwrap_or(0);
+        for d in (0..outer).rev() {
+            at += (lo[d] + left % len[d]) * strides[d];
+            left /= len[d];
+        }
+        at
+    })
+}
+
+/// Bytes of a row of a box; a scalar is one row of one element.
+fn row_bytes(len: &[u64], size: u64) -> usize {
+    (len.last().copied().unwrap_or(1) * size) as usize
+}
+
 /// Copies a row-major box to its place in a larger row-major tensor.
 pub(super) fn scatter(
     part: &[u8],
@@ -23,39 +48,16 @@ pub(super) fn scatter(
     whole: &[u64],
     size: u64,
 ) {
-    let Some(last) = len.len().checked_sub(1) else {
-        out[..size as usize].copy_from_slice(part);
-        return;
-    };
-    let row = (len[last] * size) as usize;
-    if row == 0 {
-        return;
-    }
-    let strides = row_major(whole);
-    for (i, bytes) in part.chunks_exact(row).enumerate() {
-        let mut left = i as u64;
-        let mut at = lo[last];
-        for d in (0..last).rev() {
-            at += (lo[d] + left % len[d]) * strides[d];
-            left /= len[d];
-        }
-        let at = (at * size) as usize;
-        out[at..at + row].copy_from_slice(bytes);
+    let row = row_bytes(len, size);
+    for (bytes, at) in part.chunks_exact(row.max(1)).zip(row_starts(lo, len, whole)) {
+        out[(at * size) as usize..][..row].copy_from_slice(bytes);
     }
 }
 
 /// Copies a box out of a larger row-major tensor of bytes.
-pub(super) fn gather(whole: &[u8], extent: &[u64], off: &[u64], len: &[u64], out: &mut [u8]) {
-    let strides = row_major(extent);
-    let last = len.len() - 1;
-    let row = len[last] as usize;
-    for (i, bytes) in out.chunks_exact_mut(row.max(1)).enumerate() {
-        let mut left = i as u64;
-        let mut at = off[last];
-        for d in (0..last).rev() {
-            at += (off[d] + left % len[d]) * strides[d];
-            left /= len[d];
-        }
+pub(super) fn gather(whole: &[u8], extent: &[u64], lo: &[u64], len: &[u64], out: &mut [u8]) {
+    let row = row_bytes(len, 1);
+    for (bytes, at) in out.chunks_exact_mut(row.max(1)).zip(row_starts(lo, len, extent)) {
         bytes.copy_from_slice(&whole[at as usize..][..row]);
     }
 }

@@ -6,71 +6,41 @@ use smallvec::smallvec;
 
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
-use crate::fp8::codec::{
-    GPU_NAN_BITS, bf16_to_f32, e4m3_decode, e4m3_satfinite, e8m0_decode, e8m0_encode,
-    f16_to_f32, f32_to_bf16, f32_to_f16,
-};
+use crate::fp8::codec::{GPU_NAN_BITS, e4m3_decode, e4m3_satfinite, e8m0_encode};
 use crate::fp8::tile::quantize_matrix;
 use crate::fp8::{ScaleFormat, Values};
 use crate::graph::tiles as tile_dims;
 use crate::ir::Dims;
 use crate::shard::{Expr, Made, Piece, Stored, Tiles, TilesFrom, View};
 
+use super::bits::Bits;
 use super::boxes::{contiguous, gather, scatter, transpose};
+use super::finite::all_finite;
 use super::{Rows, Strided};
 
 type Fallible<T> = Result<T, Diagnostic>;
 
-/// Elements of a box in row-major order, as bits of their type's size.
-enum Bits {
-    B8(Vec<u8>),
-    B16(Vec<u16>),
-    B32(Vec<u32>),
+/// What the evaluation of a chunk reads, and whether all of it was finite. The constants of a
+/// plan do not count: padding with infinity is meant.
+pub(super) struct Inputs<'a> {
+    rows: &'a dyn Rows,
+    finite: Cell<bool>,
+    /// False while a recipe's maximum will see what is read.
+    watched: Cell<bool>,
 }
 
-impl Bits {
-    fn zeros(dtype: DType, count: usize) -> Self {
-        match dtype.size() {
-            1 => Bits::B8(vec![0; count]),
-            2 => Bits::B16(vec![0; count]),
-            _ => Bits::B32(vec![0; count]),
-        }
+impl<'a> Inputs<'a> {
+    pub(super) fn new(rows: &'a dyn Rows) -> Self {
+        Inputs { rows, finite: Cell::new(true), watched: Cell::new(true) }
     }
 
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Bits::B8(v) => v,
-            Bits::B16(v) => bytemuck::cast_slice(v),
-            Bits::B32(v) => bytemuck::cast_slice(v),
-        }
+    /// True if no number that was read or computed so far is NaN or infinite.
+    pub(super) fn all_finite(&self) -> bool {
+        self.finite.get()
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Bits::B8(v) => v,
-            Bits::B16(v) => bytemuck::cast_slice_mut(v),
-            Bits::B32(v) => bytemuck::cast_slice_mut(v),
-        }
-    }
-
-    /// The numbers as f32; every float type of the engine widens exactly.
-    fn to_f32(&self, dtype: DType) -> Vec<f32> {
-        match (self, dtype) {
-            (Bits::B16(v), DType::F16) => v.iter().map(|b| f16_to_f32(*b)).collect(),
-            (Bits::B16(v), _) => v.iter().map(|b| bf16_to_f32(*b)).collect(),
-            (Bits::B32(v), _) => v.iter().map(|b| f32::from_bits(*b)).collect(),
-            (Bits::B8(v), DType::E8m0) => v.iter().map(|b| e8m0_decode(*b)).collect(),
-            (Bits::B8(v), _) => v.iter().map(|b| e4m3_decode(*b)).collect(),
-        }
-    }
-
-    /// Rounds to nearest even.
-    fn from_f32(values: &[f32], dtype: DType) -> Self {
-        match dtype {
-            DType::Bf16 => Bits::B16(values.iter().map(|x| f32_to_bf16(*x)).collect()),
-            DType::F16 => Bits::B16(values.iter().map(|x| f32_to_f16(*x)).collect()),
-            _ => Bits::B32(values.iter().map(|x| x.to_bits()).collect()),
-        }
+    fn note(&self, finite: bool) {
+        self.finite.set(self.finite.get() && finite);
     }
 }
 
@@ -80,7 +50,7 @@ fn count(len: &[u64]) -> usize {
 
 /// Makes values: the row-major bytes of a window that some pieces fill.
 pub(super) fn values(
-    rows: &dyn Rows,
+    inputs: &Inputs<'_>,
     pieces: &[Piece],
     len: &[u64],
     dtype: DType,
@@ -92,11 +62,11 @@ pub(super) fn values(
             Some(first) => {
                 let first = (first * size) as usize;
                 let part = &mut out[first..first + count(&piece.at.len) * size as usize];
-                expr(rows, &piece.expr, &piece.at.len, part)?;
+                expr(inputs, &piece.expr, &piece.at.len, part)?;
             }
             None => {
                 let mut part = Bits::zeros(dtype, count(&piece.at.len));
-                expr(rows, &piece.expr, &piece.at.len, part.bytes_mut())?;
+                expr(inputs, &piece.expr, &piece.at.len, part.bytes_mut())?;
                 scatter(part.bytes(), &piece.at.lo, &piece.at.len, out, len, size);
             }
         }
@@ -105,16 +75,14 @@ pub(super) fn values(
 }
 
 /// Makes codes and scales: the row-major bytes of a tile-aligned window of a quantized value.
-/// Returns false if a number that went into a tile is not finite.
 pub(super) fn quantized(
-    rows: &dyn Rows,
+    inputs: &Inputs<'_>,
     pieces: &[Piece],
     len: &[u64],
     format: ScaleFormat,
     codes: &mut [u8],
     scales: &mut [u8],
-) -> Fallible<bool> {
-    let mut finite = true;
+) -> Fallible<()> {
     for piece in pieces {
         let Expr::Tiles(tiles) = &piece.expr else {
             return Err(Diagnostic::error(
@@ -128,11 +96,11 @@ pub(super) fn quantized(
         match contiguous(&piece.at.lo, part_len, len) {
             Some(first) => {
                 let part = &mut codes[first as usize..][..count(part_len)];
-                finite &= tiles_into(rows, tiles, part_len, part, &mut part_scales)?;
+                tiles_into(inputs, tiles, part_len, part, &mut part_scales)?;
             }
             None => {
                 let mut part = vec![0u8; count(part_len)];
-                finite &= tiles_into(rows, tiles, part_len, &mut part, &mut part_scales)?;
+                tiles_into(inputs, tiles, part_len, &mut part, &mut part_scales)?;
                 scatter(&part, &piece.at.lo, part_len, codes, len, 1);
             }
         }
@@ -149,24 +117,24 @@ pub(super) fn quantized(
             }
         }
     }
-    Ok(finite)
+    Ok(())
 }
 
 /// The row-major bytes of one expression.
-fn expr(rows: &dyn Rows, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> {
+fn expr(inputs: &Inputs<'_>, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> {
     match e {
-        Expr::Load(view) => load(rows, view, len, out),
+        Expr::Load(view) => load(inputs, view, len, out),
         Expr::Fill { dtype, bits } => {
             fill(*dtype, f64::from_bits(*bits), out);
             Ok(())
         }
         Expr::Codes(tiles) => {
             let mut scales = vec![0f32; count(&tile_dims(len, tiles.refined))];
-            tiles_into(rows, tiles, len, out, &mut scales).map(|_| ())
+            tiles_into(inputs, tiles, len, out, &mut scales)
         }
         Expr::Scales { dtype, tiles, of } => {
             let mut scales = vec![0f32; count(len)];
-            tiles_into(rows, tiles, of, &mut vec![0; count(of)], &mut scales)?;
+            tiles_into(inputs, tiles, of, &mut vec![0; count(of)], &mut scales)?;
             match dtype {
                 DType::E8m0 => {
                     out.iter_mut().zip(scales).for_each(|(o, s)| *o = e8m0_encode(s));
@@ -176,7 +144,8 @@ fn expr(rows: &dyn Rows, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> 
             Ok(())
         }
         _ => {
-            let numbers = numbers(rows, e, len)?;
+            let numbers = numbers(inputs, e, len)?;
+            inputs.note(!reads(e) || numbers.iter().all(|x| x.is_finite()));
             out.copy_from_slice(Bits::from_f32(&numbers, e.dtype()).bytes());
             Ok(())
         }
@@ -184,33 +153,40 @@ fn expr(rows: &dyn Rows, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> 
 }
 
 /// The value of an expression in f32, after the rounding that its own type asks for.
-fn numbers(rows: &dyn Rows, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
+fn numbers(inputs: &Inputs<'_>, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
     match e {
         Expr::Load(_) | Expr::Fill { .. } => {
             let mut bits = Bits::zeros(e.dtype(), count(len));
-            expr(rows, e, len, bits.bytes_mut())?;
+            expr(inputs, e, len, bits.bytes_mut())?;
             Ok(bits.to_f32(e.dtype()))
         }
-        Expr::Cast { dtype, value } => Ok(rounded(numbers(rows, value, len)?, *dtype)),
+        Expr::Cast { dtype, value } => Ok(rounded(numbers(inputs, value, len)?, *dtype)),
         Expr::Scale { factor, value } => {
             let factor = f64::from_bits(*factor) as f32;
-            let mut x = numbers(rows, value, len)?;
+            let mut x = numbers(inputs, value, len)?;
             x.iter_mut().for_each(|x| *x = one_nan(*x * factor));
             Ok(rounded(x, e.dtype()))
         }
         Expr::Add { left, right } => {
-            let mut x = numbers(rows, left, len)?;
-            let y = numbers(rows, right, len)?;
+            let mut x = numbers(inputs, left, len)?;
+            let y = numbers(inputs, right, len)?;
             x.iter_mut().zip(&y).for_each(|(x, y)| *x = one_nan(*x + y));
             Ok(rounded(x, e.dtype()))
         }
         Expr::Dequantize { dtype, tiles } => {
-            Ok(rounded(dequantized(rows, tiles, len)?, *dtype))
+            Ok(rounded(dequantized(inputs, tiles, len)?, *dtype))
         }
         Expr::Tiles(_) | Expr::Codes(_) | Expr::Scales { .. } => {
             Err(Diagnostic::error("E0502", "a quantized value where numbers are wanted"))
         }
     }
+}
+
+/// True unless the expression is made of the plan's constants alone.
+fn reads(e: &Expr) -> bool {
+    let mut any = false;
+    e.views(&mut |_| any = true);
+    any
 }
 
 /// The result of an f32 operation: a NaN is the one that GPUs give, whatever went in.
@@ -226,9 +202,9 @@ fn rounded(x: Vec<f32>, dtype: DType) -> Vec<f32> {
     }
 }
 
-fn dequantized(rows: &dyn Rows, tiles: &Tiles, len: &[u64]) -> Fallible<Vec<f32>> {
+fn dequantized(inputs: &Inputs<'_>, tiles: &Tiles, len: &[u64]) -> Fallible<Vec<f32>> {
     let mut codes = vec![0u8; count(len)];
-    let Coarse { scales, grid, .. } = coarse_tiles(rows, tiles, len, &mut codes)?;
+    let Coarse { scales, grid } = coarse_tiles(inputs, tiles, len, &mut codes)?;
     let m = len.len() - 2;
     let (r, c) = (len[m] as usize, len[m + 1] as usize);
     let (gr, gc) = (grid[m] as usize, grid[m + 1] as usize);
@@ -248,59 +224,58 @@ fn dequantized(rows: &dyn Rows, tiles: &Tiles, len: &[u64]) -> Fallible<Vec<f32>
     Ok(out)
 }
 
-/// Codes of a box and its scales on the grid of `refined`. False if an input is not finite.
+/// Codes of a box and its scales on the grid of `refined`.
 fn tiles_into(
-    rows: &dyn Rows,
+    inputs: &Inputs<'_>,
     tiles: &Tiles,
     len: &[u64],
     codes: &mut [u8],
     scales: &mut [f32],
-) -> Fallible<bool> {
+) -> Fallible<()> {
     if let TilesFrom::Made(made) = &tiles.from
         && made.extent[..] == *len
         && tiles.refined == tiles.block()
     {
-        return with_input(rows, made, |input, dtype| {
+        return with_input(inputs, made, |input, dtype| {
             quantize_all(made, input, dtype, codes, scales)
         });
     }
-    let coarse = coarse_tiles(rows, tiles, len, codes)?;
+    let coarse = coarse_tiles(inputs, tiles, len, codes)?;
     refine(&coarse.scales, &coarse.grid, tiles, len, scales);
-    Ok(coarse.finite)
+    Ok(())
 }
 
 /// Scales of all tiles that a box touches, on the grid on which they are computed or stored.
 struct Coarse {
     scales: Vec<f32>,
     grid: Dims,
-    finite: bool,
 }
 
 /// Codes of a box, and its coarse scales.
 fn coarse_tiles(
-    rows: &dyn Rows,
+    inputs: &Inputs<'_>,
     tiles: &Tiles,
     len: &[u64],
     codes: &mut [u8],
 ) -> Fallible<Coarse> {
     match &tiles.from {
         TilesFrom::Stored(stored) => {
-            load(rows, &stored.codes, len, codes)?;
-            let (scales, grid) = stored_scales(rows, tiles, stored, len)?;
-            Ok(Coarse { scales, grid, finite: true })
+            load(inputs, &stored.codes, len, codes)?;
+            let (scales, grid) = stored_scales(inputs, tiles, stored, len)?;
+            Ok(Coarse { scales, grid })
         }
         TilesFrom::Made(made) => {
             let grid = tile_dims(&made.extent, tiles.block());
             let mut all_codes = vec![0u8; count(&made.extent)];
             let mut scales = vec![0f32; count(&grid)];
-            let finite = with_input(rows, made, |input, dtype| {
+            with_input(inputs, made, |input, dtype| {
                 quantize_all(made, input, dtype, &mut all_codes, &mut scales)
             })?;
             let mut off: Dims = smallvec![0; len.len()];
             let m = len.len() - 2;
             (off[m], off[m + 1]) = (tiles.phase[0], tiles.phase[1]);
             gather(&all_codes, &made.extent, &off, len, codes);
-            Ok(Coarse { scales, grid, finite })
+            Ok(Coarse { scales, grid })
         }
     }
 }
@@ -310,12 +285,13 @@ thread_local! {
     static INPUT: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
 }
 
-/// Reads what a recipe quantizes, and hands it to `f` with its type.
-fn with_input<T>(
-    rows: &dyn Rows,
+/// Reads what a recipe quantizes and hands it to `quantize` with its type, which says whether
+/// all of it was finite.
+fn with_input(
+    inputs: &Inputs<'_>,
     made: &Made,
-    f: impl FnOnce(&Bits, DType) -> T,
-) -> Fallible<T> {
+    quantize: impl FnOnce(&Bits, DType) -> bool,
+) -> Fallible<()> {
     let dtype = made.input.first().map_or(DType::F32, |p| p.expr.dtype());
     let size = count(&made.extent);
     let mut input = match dtype.size() {
@@ -327,17 +303,19 @@ fn with_input<T>(
         }
         _ => Bits::zeros(dtype, size),
     };
-    values(rows, &made.input, &made.extent, dtype, input.bytes_mut())?;
-    let done = f(&input, dtype);
+    let outer = inputs.watched.replace(false);
+    values(inputs, &made.input, &made.extent, dtype, input.bytes_mut())?;
+    inputs.watched.set(outer);
+    inputs.note(quantize(&input, dtype));
     if let Bits::B16(kept) = input {
         INPUT.set(kept);
     }
-    Ok(done)
+    Ok(())
 }
 
 /// The stored scales of the tiles that a box touches, and their grid.
 fn stored_scales(
-    rows: &dyn Rows,
+    inputs: &Inputs<'_>,
     tiles: &Tiles,
     stored: &Stored,
     len: &[u64],
@@ -345,7 +323,7 @@ fn stored_scales(
     let grid = touched(tiles, len);
     let view = &stored.scales.view;
     let mut bits = Bits::zeros(view.dtype, count(&grid));
-    load(rows, view, &grid, bits.bytes_mut())?;
+    load(inputs, view, &grid, bits.bytes_mut())?;
     Ok((bits.to_f32(view.dtype), grid))
 }
 
@@ -428,24 +406,28 @@ fn fill(dtype: DType, value: f64, out: &mut [u8]) {
 }
 
 /// Reads a strided box in the order in which it lies in storage, then puts it in its own order.
-fn load(rows: &dyn Rows, view: &View, len: &[u64], out: &mut [u8]) -> Fallible<()> {
+fn load(inputs: &Inputs<'_>, view: &View, len: &[u64], out: &mut [u8]) -> Fallible<()> {
     if len.contains(&0) {
         return Ok(());
     }
     let mut order: Vec<usize> = (0..len.len()).filter(|d| len[*d] > 1).collect();
     order.sort_by_key(|d| std::cmp::Reverse(view.strides[*d]));
     if order.is_sorted() {
-        return load_ordered(rows, view, len, &order, out);
+        load_ordered(inputs, view, len, &order, out)?;
+    } else {
+        let mut bytes = vec![0u8; out.len()];
+        load_ordered(inputs, view, len, &order, &mut bytes)?;
+        transpose(&bytes, len, &order, view.dtype.size() as usize, out);
     }
-    let mut bytes = vec![0u8; out.len()];
-    load_ordered(rows, view, len, &order, &mut bytes)?;
-    transpose(&bytes, len, &order, view.dtype.size() as usize, out);
+    if inputs.watched.get() {
+        inputs.note(all_finite(view.dtype, out));
+    }
     Ok(())
 }
 
 /// Reads a box whose dimensions of more than one index are `order`, outermost first.
 fn load_ordered(
-    rows: &dyn Rows,
+    inputs: &Inputs<'_>,
     view: &View,
     len: &[u64],
     order: &[usize],
@@ -475,7 +457,7 @@ fn load_ordered(
             left /= n;
         }
         let strided = Strided { offset: start * size, row_bytes, stride, rows: count };
-        rows.read(view.storage, strided, part)?;
+        inputs.rows.read(view.storage, strided, part)?;
     }
     Ok(())
 }

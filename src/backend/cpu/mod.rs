@@ -1,6 +1,7 @@
 //! The CPU backend: threads as ranks, channels as wires. Embedded default, and the oracle of
 //! the GPU's results.
 
+mod bits;
 mod boxes;
 mod eval;
 mod finite;
@@ -23,7 +24,7 @@ pub fn derive(
     dtype: crate::dtype::DType,
     out: &mut [u8],
 ) -> Result<(), Diagnostic> {
-    eval::values(landed, pieces, shape, dtype, out)
+    eval::values(&eval::Inputs::new(landed), pieces, shape, dtype, out)
 }
 
 /// Reads strided rows of a storage into consecutive places of `buf`.

@@ -1,6 +1,7 @@
 //! Runs a graph: one thread for the trainer rank, one for each inference rank, channels between.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,10 +12,10 @@ use rayon::prelude::*;
 use crate::diag::Diagnostic;
 use crate::error::{Error, Result};
 use crate::graph::{Bucket, Chunk, Graph, Step};
-use crate::lower::{Part, Program, ProgramSource, Unit};
+use crate::lower::{Part, Program, ProgramSource};
 use crate::shard::Storage;
 
-use super::finite::{NonFinite, all_finite, scan};
+use super::finite::{NonFinite, scan};
 use super::{Rows, Sink, eval};
 
 /// When NaN and infinity are looked for.
@@ -113,12 +114,23 @@ pub fn run(
             let (to, from) = bounded::<Message>(2);
             wires.push(to);
             let shared = &shared;
-            scope.spawn(move || inference_rank(shared, rank, *sink, &from));
+            scope.spawn(move || {
+                let name = format!("rank {}", shared.program.ranks[rank].rank);
+                guarded(shared, &name, || inference_rank(shared, rank, *sink, &from));
+            });
         }
-        let trainer = scope.spawn(|| trainer_rank(&shared, wires));
-        report = trainer.join().unwrap_or_default();
+        guarded(&shared, "trainer 0", || report = trainer_rank(&shared, wires));
     });
     finish(shared, report)
+}
+
+/// A panic is a bug, of the engine or of a reader or sink that it was given: the update fails.
+fn guarded(shared: &Shared<'_>, who: &str, work: impl FnOnce()) {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(work)) else { return };
+    let said = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    let said = said.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    let d = Diagnostic::error("E0502", format!("{who} stopped at a bug: {said}"));
+    shared.fail(Failure::Device(d));
 }
 
 fn finish(shared: Shared<'_>, mut report: Report) -> Result<Report> {
@@ -313,7 +325,7 @@ fn note_suspects(
     Err(Failure::NonFinite)
 }
 
-/// Makes one chunk: values (or codes), then scales. False if something is not finite.
+/// Makes one chunk: values (or codes), then scales. False if something read is not finite.
 fn make(
     shared: &Shared<'_>,
     chunk: &Chunk,
@@ -322,24 +334,13 @@ fn make(
     let unit = &shared.program.units[chunk.unit];
     let pieces = crate::shard::crop_pieces(&unit.pieces, &chunk.window);
     let len = &chunk.window.len;
+    let inputs = eval::Inputs::new(shared.rows);
     let (values, scales) = out.split_at_mut(chunk.value_bytes as usize);
-    let Some(quant) = unit.quant else {
-        eval::values(shared.rows, &pieces, len, unit.dtype, values)?;
-        return Ok(all_finite(unit.dtype, values) || fills_non_finite(unit));
-    };
-    let finite = eval::quantized(shared.rows, &pieces, len, quant.scales, values, scales)?;
-    let scale_type = unit.value_type().scale_dtype().unwrap_or(crate::dtype::DType::F32);
-    let stored = crate::lower::recipe_of(&pieces).is_none();
-    let codes_fine = !stored || all_finite(crate::dtype::DType::E4m3, values);
-    Ok(finite && codes_fine && all_finite(scale_type, scales))
-}
-
-/// True if the plan itself pads with a value that is not finite (attention sinks with -inf).
-fn fills_non_finite(unit: &Unit) -> bool {
-    unit.pieces.iter().any(|p| match p.expr {
-        crate::shard::Expr::Fill { bits, .. } => !f64::from_bits(bits).is_finite(),
-        _ => false,
-    })
+    match unit.quant {
+        Some(q) => eval::quantized(&inputs, &pieces, len, q.scales, values, scales)?,
+        None => eval::values(&inputs, &pieces, len, unit.dtype, values)?,
+    }
+    Ok(inputs.all_finite())
 }
 
 fn send(

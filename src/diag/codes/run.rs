@@ -16,12 +16,14 @@ fewer steps, or derive it from one target parameter:
     },
     Code {
         code: "E0502",
-        title: "the schedule failed its check",
+        title: "a fault of the engine",
         text: "\
 Before anything runs, the engine proves of every schedule that each byte is written
 once, that each message has its receiver and that nothing waits for itself. This one
-failed, so nothing was written. It is a fault of the engine, not of the plan: please
-report it with the plan, the config and the command line.",
+failed, so nothing was written. If a rank stopped at a bug while an update ran, a file
+run has published nothing, and a receiver in memory is part old, part new. It is a fault
+of the engine, or of the program that embeds it, not of the plan: please report it with
+the plan, the config and the command line.",
     },
     Code {
         code: "E0601",

@@ -77,6 +77,8 @@ or --rank asks for a rank beyond the last. Inference axes: tp, dp, ep, pp,
 redundant_experts, eplb, replicas; ep is 1 or dp * tp. Training axes: dp_replicate,
 fsdp, tp, ep, pp; ep divides fsdp. An axis left out is 1, a count left out is 0.
     --infer tp=8,dp=2,ep=8
-    --infer tp=8,dp=2,ep=16",
+    --infer tp=8,dp=2,ep=16
+As a warning: pp is above 1, but the plan asks neither stage(i) nor first_stage or
+last_stage, so every stage would hold the whole model.",
     },
 ];

@@ -61,6 +61,7 @@ fn restart_if(
 fn stage(s: &Shared, ctx: &NativeCallContext, layer: i64) -> Fallible<bool> {
     let (pp, this, model) = {
         let state = s.borrow();
+        state.stage_asked.set(true);
         (state.mesh.pp, state.stage, state.model.clone())
     };
     if pp == 1 {

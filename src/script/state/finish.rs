@@ -44,8 +44,26 @@ impl State {
         self.suggest_names();
         if complete {
             self.check_options();
+            self.check_stages();
             self.check_ignore_list();
         }
+    }
+
+    /// A plan that never asks for its stage puts the whole model on each.
+    fn check_stages(&mut self) {
+        if self.mesh.pp == 1 || self.stage_asked.get() {
+            return;
+        }
+        let d = Diagnostic::warning(
+            "E0307",
+            format!(
+                "pp = {}, but every stage of this plan holds the whole model",
+                self.mesh.pp
+            ),
+        );
+        self.notes.push(
+            d.hint("ask stage(i) for each layer, first_stage and last_stage for the ends"),
+        );
     }
 
     /// A parameter is derived if every path to its sources passes `.dequantize` of a node that
