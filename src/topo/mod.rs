@@ -1,7 +1,10 @@
-//! Ranks: the inference mesh, the trainer mesh, and who sits where. Knows nothing of tensors.
+//! Ranks: the inference mesh, the trainer mesh, who holds what of a tensor, and the machines
+//! under them. Knows shapes, but no expressions.
 
+mod cluster;
 mod infer;
 mod train;
 
+pub use cluster::{Cluster, Peer};
 pub use infer::{Axis, Coords, InferMesh, RankId};
 pub use train::TrainMesh;
