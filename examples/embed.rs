@@ -40,6 +40,7 @@ pub fn main() -> Result<(), String> {
         open_model: &|_| Err(Diagnostic::error("E0417", "this plan has no input").into()),
         mesh: Some(InferMesh::parse("tp=2").map_err(|d| d.message)?),
         train: TrainMesh::single(),
+        placements: None,
         options: BTreeMap::new(),
         target: BTreeMap::new(),
         experts: BTreeMap::new(),
@@ -61,8 +62,9 @@ pub fn main() -> Result<(), String> {
         timeout: Duration::from_secs(10),
         progress: &|_| {},
     };
-    let report = update(&compiled, &sources, &mut targets, 64 << 20, &options)
-        .map_err(|e| e.to_string())?;
+    let report =
+        update(&compiled, std::slice::from_ref(&sources), &mut targets, 64 << 20, &options)
+            .map_err(|e| e.to_string())?;
 
     // 448 is the largest code, 0x7E; the scales are 1/448 and 4/448.
     assert!(codes.iter().flatten().all(|c| *c == 0x7E));

@@ -1,10 +1,12 @@
 //! The front of the pipeline: a plan script becomes a checked program for every rank.
 
+mod axes;
 mod coverage;
 mod derived;
 mod experts;
 mod front;
 mod lowering;
+mod placements;
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -13,6 +15,7 @@ use serde_json::Value;
 
 use crate::diag::{Diagnostic, SourceMap};
 use crate::error::{Error, Result};
+use crate::io::SourceManifest;
 use crate::ir::Plan;
 use crate::lower::Program;
 use crate::script::{Catalog, Declared, Limits, ModuleFiles};
@@ -43,6 +46,8 @@ pub struct CompileInputs<'a> {
     /// The topology as given from outside; else the plan's own, else one rank.
     pub mesh: Option<InferMesh>,
     pub train: TrainMesh,
+    /// Where the source tensors are, if not where the rules for `train` put them.
+    pub placements: Option<&'a SourceManifest>,
     pub options: BTreeMap<String, String>,
     pub target: BTreeMap<String, String>,
     pub experts: ExpertMap,
@@ -107,7 +112,9 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     if problems.iter().any(Diagnostic::is_error) {
         return Err(CompileError { error: Error::refused(problems), files });
     }
-    let program = Program { sources: work.sources, ranks: work.ranks, units: work.units };
+    let trainers = work.trainers();
+    let program =
+        Program { sources: work.sources, ranks: work.ranks, units: work.units, trainers };
     let digest = digest(&inputs, &front, &program);
     let mut notes: Vec<Diagnostic> =
         front.stages.iter().flat_map(|p| p.notes.iter().cloned()).collect();

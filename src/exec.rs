@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::cpu::{self, FiniteCheck, NonFinite, Rows, Sink, Strided};
+use crate::backend::cpu::{self, Fenced, FiniteCheck, NonFinite, Rows, Sink, Strided};
 use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
-use crate::error::Result;
-use crate::graph::{Bounds, Graph, build, check};
+use crate::error::{Error, Result};
+use crate::graph::{Bounds, Fan, Graph, build, check};
 use crate::io::{Checkpoint, OutputDir, RankFile, TensorEntry};
 use crate::lower::{Part, Program, RankProgram, TargetKind};
 use crate::shard::Storage;
-use crate::topo::{Coords, InferMesh, TrainMesh};
+use crate::topo::{Cluster, Coords, InferMesh, TrainMesh};
 
 /// Version of the output's manifest.json.
 pub const MANIFEST_SCHEMA: u32 = 1;
@@ -51,10 +51,16 @@ pub struct RunSummary {
 /// Builds and verifies the graph of a compiled plan.
 ///
 /// # Errors
-/// E0502, a bug of the compiler.
-pub fn graph_of(compiled: &Compiled, staging: u64) -> Result<Graph> {
-    let graph = build(&compiled.program, Bounds::with_staging(staging));
-    check(&compiled.program, &graph)?;
+/// E0308 for operands or tiles that lie on several trainer ranks and cannot be worked on there.
+pub fn graph_of(
+    program: &Program,
+    replicas: u32,
+    cluster: &Cluster,
+    bounds: Bounds,
+) -> Result<Graph> {
+    let graph =
+        build(program, replicas, cluster, Fan::Chain, bounds).map_err(Error::refused)?;
+    check(program, &graph)?;
     Ok(graph)
 }
 
@@ -72,9 +78,14 @@ pub fn run_to_files(
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<RunSummary> {
     let started = Instant::now();
-    let graph = graph_of(compiled, options.staging)?;
     let program = &compiled.program;
-    let rows = FileRows::bind(program, checkpoint)?;
+    // The files are replica 0's: the others would hold the same.
+    let graph =
+        graph_of(program, 1, &Cluster::default(), Bounds::with_staging(options.staging))?;
+    let files = FileRows::bind(program, checkpoint)?;
+    let fenced = (0..program.trainers).map(|rank| Fenced { program, rank, rows: &files });
+    let fenced: Vec<Fenced<'_>> = fenced.collect();
+    let rows: Vec<&dyn Rows> = fenced.iter().map(|r| r as &dyn Rows).collect();
     let output = OutputDir::create(out, options.force)?;
     let sinks: Result<Vec<FileSink>> =
         program.ranks.iter().map(|r| FileSink::create(&output, compiled, r)).collect();
@@ -185,11 +196,15 @@ impl Sink for FileSink {
         &self,
         target: usize,
         part: Part,
-        offset: u64,
+        rows: Strided,
         bytes: &[u8],
     ) -> std::result::Result<(), Diagnostic> {
         let tensor = self.first[target] + usize::from(part == Part::Scales);
-        self.file.write_at(tensor, offset, bytes)
+        let parts = bytes.chunks_exact((rows.row_bytes as usize).max(1)).enumerate();
+        for (i, row) in parts {
+            self.file.write_at(tensor, rows.offset + i as u64 * rows.stride, row)?;
+        }
+        Ok(())
     }
 }
 
@@ -281,7 +296,7 @@ fn manifest(
             rank: rank.rank.0,
             file: sink.name.clone(),
             tensors: tensors.collect(),
-            derived: rank.targets.iter().filter_map(derived_row).collect(),
+            derived: rank.targets.iter().filter_map(|t| derived_row(t)).collect(),
         });
     }
     let manifest = OutputManifest {

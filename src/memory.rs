@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use crate::backend::cpu::{self, Options, Report, Rows, Sink, Strided, derive};
+use crate::backend::cpu::{self, Options, Report, Rows, Shards, Sink, Strided, derive};
 use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::exec::graph_of;
+use crate::graph::Bounds;
 use crate::ir::show_shape;
 use crate::lower::{Part, RankProgram, TargetKind};
 use crate::script::{Catalog, CatalogEntry};
 use crate::shard::Storage;
-use crate::topo::RankId;
+use crate::topo::{Cluster, RankId};
 
 /// A trainer tensor in memory: little-endian, row-major.
 #[derive(Clone, Debug)]
@@ -101,17 +102,20 @@ impl<'a> Targets<'a> {
 /// targets are then part old, part new); see [`cpu::run`].
 pub fn update(
     compiled: &Compiled,
-    sources: &Sources<'_>,
+    trainers: &[Sources<'_>],
     targets: &mut Targets<'_>,
     staging: u64,
     options: &Options<'_>,
 ) -> Result<Report> {
     let program = &compiled.program;
-    let graph = graph_of(compiled, staging)?;
-    let rows = MemoryRows::bind(compiled, sources)?;
+    let replicas = compiled.mesh.replicas as u32;
+    let graph =
+        graph_of(program, replicas, &Cluster::default(), Bounds::with_staging(staging))?;
+    let shards = bind_sources(compiled, trainers)?;
+    let rows: Vec<&dyn Rows> = shards.iter().map(|s| s as &dyn Rows).collect();
     match_targets(compiled, targets)?;
     let sinks: Vec<RankSink<'_, '_>> =
-        program.ranks.iter().map(|rank| RankSink { rank, targets }).collect();
+        all_ranks(compiled).map(|(id, rank)| RankSink { id, rank, targets }).collect();
     let bound: Vec<&dyn Sink> = sinks.iter().map(|s| s as &dyn Sink).collect();
     let report = cpu::run(program, &graph, &rows, &bound, options)?;
     for sink in &sinks {
@@ -119,63 +123,51 @@ pub fn update(
             let s = &target.storages[0];
             let mut bytes = vec![0; s.bytes() as usize];
             derive(sink, &target.derived, &s.shape, s.dtype, &mut bytes)?;
-            sink.put(&s.name, 0, &bytes)?;
+            let all = Strided { offset: 0, row_bytes: s.bytes(), stride: 0, rows: 1 };
+            sink.put(&s.name, all, &bytes)?;
         }
     }
     Ok(report)
 }
 
-struct MemoryRows<'a> {
-    tensors: Vec<&'a [u8]>,
-}
-
-impl<'a> MemoryRows<'a> {
-    fn bind(compiled: &Compiled, sources: &Sources<'a>) -> Result<Self> {
-        let mut tensors = Vec::new();
-        let mut problems = Vec::new();
-        for s in &compiled.program.sources {
-            match sources.tensors.get(&s.name) {
-                Some(t) if t.dtype == s.dtype && t.shape[..] == s.shape[..] => {
-                    tensors.push(t.bytes);
+/// The local tensors of each trainer rank, of the shapes that the placements give.
+fn bind_sources<'a>(
+    compiled: &'a Compiled,
+    trainers: &[Sources<'a>],
+) -> Result<Vec<Shards<'a>>> {
+    let program = &compiled.program;
+    let mut problems = Vec::new();
+    if trainers.len() != program.trainers as usize {
+        let text =
+            format!("{} trainer ranks, the plan has {}", trainers.len(), program.trainers);
+        problems.push(Diagnostic::error("E0401", text));
+    }
+    let mut all = Vec::with_capacity(trainers.len());
+    for (rank, sources) in (0..).zip(trainers) {
+        let mut own = Shards { program, rank, tensors: Vec::new(), held: Vec::new() };
+        for s in &program.sources {
+            let held = s.layout.held(rank);
+            let size = |d: &Vec<std::ops::Range<u64>>| d.iter().map(|r| r.end - r.start).sum();
+            let local: Option<Vec<u64>> = held.as_ref().map(|h| h.iter().map(size).collect());
+            let bytes: &[u8] = match (&local, sources.tensors.get(&s.name)) {
+                (None, _) => &[],
+                (Some(shape), Some(t)) if t.dtype == s.dtype && t.shape == *shape => t.bytes,
+                (Some(shape), _) => {
+                    let shape = show_shape(shape);
+                    let text = format!(
+                        "{} {} {shape} is not among the sources of trainer {rank}",
+                        s.name, s.dtype
+                    );
+                    problems.push(Diagnostic::error("E0401", text).about(&s.name));
+                    &[]
                 }
-                _ => problems.push(
-                    Diagnostic::error(
-                        "E0401",
-                        format!(
-                            "{} {} {} is not among the sources",
-                            s.name,
-                            s.dtype,
-                            show_shape(&s.shape)
-                        ),
-                    )
-                    .about(&s.name),
-                ),
-            }
+            };
+            own.tensors.push(bytes);
+            own.held.push(held);
         }
-        if problems.is_empty() {
-            Ok(MemoryRows { tensors })
-        } else {
-            Err(Error::refused(problems))
-        }
+        all.push(own);
     }
-}
-
-impl Rows for MemoryRows<'_> {
-    fn read(
-        &self,
-        storage: Storage,
-        rows: Strided,
-        buf: &mut [u8],
-    ) -> std::result::Result<(), Diagnostic> {
-        let Storage::Source(id) = storage else {
-            return Err(Diagnostic::error(
-                "E0502",
-                "a source box points at a landed parameter",
-            ));
-        };
-        copy_rows(self.tensors[id as usize], rows, buf);
-        Ok(())
-    }
+    if problems.is_empty() { Ok(all) } else { Err(Error::refused(problems)) }
 }
 
 fn copy_rows(from: &[u8], rows: Strided, buf: &mut [u8]) {
@@ -186,8 +178,18 @@ fn copy_rows(from: &[u8], rows: Strided, buf: &mut [u8]) {
     }
 }
 
+/// Every inference rank of all replicas, and what it holds.
+fn all_ranks(compiled: &Compiled) -> impl Iterator<Item = (RankId, &RankProgram)> {
+    let (ranks, replicas) = (&compiled.program.ranks, compiled.mesh.replicas);
+    let world = ranks.len() as u64;
+    (0..replicas).flat_map(move |replica| {
+        ranks.iter().map(move |r| (RankId(replica * world + r.rank.0), r))
+    })
+}
+
 /// One rank's slices, as a place to write to and, for derived parameters, to read from.
 struct RankSink<'a, 'b> {
+    id: RankId,
     rank: &'a RankProgram,
     targets: &'a Targets<'b>,
 }
@@ -196,16 +198,18 @@ impl RankSink<'_, '_> {
     fn put(
         &self,
         name: &str,
-        offset: u64,
+        rows: Strided,
         bytes: &[u8],
     ) -> std::result::Result<(), Diagnostic> {
-        let key = (self.rank.rank, name.to_owned());
+        let key = (self.id, name.to_owned());
         let Some(slice) = self.targets.slices.get(&key) else {
             return Err(Diagnostic::error("E0502", format!("{name} is not bound")));
         };
         let mut slice = slice.lock().unwrap_or_else(|e| e.into_inner());
-        let at = offset as usize;
-        slice[at..at + bytes.len()].copy_from_slice(bytes);
+        for (i, row) in bytes.chunks_exact((rows.row_bytes as usize).max(1)).enumerate() {
+            let at = (rows.offset + i as u64 * rows.stride) as usize;
+            slice[at..at + row.len()].copy_from_slice(row);
+        }
         Ok(())
     }
 }
@@ -215,12 +219,12 @@ impl Sink for RankSink<'_, '_> {
         &self,
         target: usize,
         part: Part,
-        offset: u64,
+        rows: Strided,
         bytes: &[u8],
     ) -> std::result::Result<(), Diagnostic> {
         let storages = &self.rank.targets[target].storages;
         match storages.iter().find(|s| s.part == part) {
-            Some(s) => self.put(&s.name, offset, bytes),
+            Some(s) => self.put(&s.name, rows, bytes),
             None => Err(Diagnostic::error("E0502", "a target has no such storage")),
         }
     }
@@ -242,7 +246,7 @@ impl Rows for RankSink<'_, '_> {
         };
         let storages = &self.rank.targets[target as usize].storages;
         let name = storages.iter().find(|s| s.part == part).map_or("", |s| s.name.as_str());
-        match self.targets.slices.get(&(self.rank.rank, name.to_owned())) {
+        match self.targets.slices.get(&(self.id, name.to_owned())) {
             Some(slice) => {
                 copy_rows(&slice.lock().unwrap_or_else(|e| e.into_inner()), rows, buf);
                 Ok(())
@@ -256,10 +260,10 @@ impl Rows for RankSink<'_, '_> {
 fn match_targets(compiled: &Compiled, targets: &Targets<'_>) -> Result<()> {
     let mut problems = Vec::new();
     let mut open: std::collections::BTreeSet<_> = targets.slices.keys().cloned().collect();
-    for rank in &compiled.program.ranks {
+    for (id, rank) in all_ranks(compiled) {
         let written = rank.targets.iter().filter(|t| t.kind != TargetKind::Alias);
         for s in written.flat_map(|t| &t.storages) {
-            let key = (rank.rank, s.name.clone());
+            let key = (id, s.name.clone());
             open.remove(&key);
             let have = targets.slices.get(&key);
             let have = have.map(|b| b.lock().unwrap_or_else(|e| e.into_inner()).len() as u64);
@@ -271,7 +275,7 @@ fn match_targets(compiled: &Compiled, targets: &Targets<'_>) -> Result<()> {
                 ),
                 Some(_) => continue,
             };
-            let message = format!("{} of rank {} {}", s.name, rank.rank, what.1);
+            let message = format!("{} of rank {id} {}", s.name, what.1);
             problems.push(Diagnostic::error(what.0, message).about(&s.name));
         }
     }

@@ -11,12 +11,12 @@ use kernelcast::compile::{CompileInputs, Compiled, ModelInput, compile};
 use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
 use kernelcast::error::ErrorKind;
-use kernelcast::graph::{Bounds, Graph, build, check};
+use kernelcast::graph::{Bounds, Fan, Graph, build, check};
 use kernelcast::lower::Part;
 use kernelcast::memory::Sources;
 use kernelcast::script::{Limits, NoModules};
 use kernelcast::shard::Storage;
-use kernelcast::topo::{InferMesh, TrainMesh};
+use kernelcast::topo::{Cluster, InferMesh, TrainMesh};
 
 /// A matrix of 4096 x 1024, cut over two ranks and quantized.
 fn compiled(bytes: &[u8]) -> Compiled {
@@ -33,6 +33,7 @@ fn compiled(bytes: &[u8]) -> Compiled {
         open_model: &|_| Err(Diagnostic::error("E0417", "no input").into()),
         mesh: Some(InferMesh::parse("tp=2").unwrap()),
         train: TrainMesh::single(),
+        placements: None,
         options: BTreeMap::new(),
         target: BTreeMap::new(),
         experts: BTreeMap::new(),
@@ -47,7 +48,14 @@ fn ones() -> Vec<u8> {
 
 fn graph(compiled: &Compiled) -> Graph {
     // Small buckets, so that several are in flight.
-    let graph = build(&compiled.program, Bounds::with_staging(1 << 20));
+    let graph = build(
+        &compiled.program,
+        1,
+        &Cluster::default(),
+        Fan::Chain,
+        Bounds::with_staging(1 << 20),
+    );
+    let graph = graph.unwrap();
     check(&compiled.program, &graph).unwrap();
     assert!(graph.buckets.len() > 2);
     graph
@@ -94,7 +102,7 @@ struct Rank {
 }
 
 impl Sink for Rank {
-    fn write(&self, _: usize, _: Part, _: u64, bytes: &[u8]) -> Result<(), Diagnostic> {
+    fn write(&self, _: usize, _: Part, _: Strided, bytes: &[u8]) -> Result<(), Diagnostic> {
         match self.mood {
             Mood::Fails => return Err(Diagnostic::error("E0601", "the disk is full")),
             // Far longer than the time limit below, and not for ever: the thread is joined.
@@ -120,7 +128,7 @@ fn update(
     let ranks = moods.map(|mood| Rank { mood, written: Mutex::new(0) });
     let sinks: Vec<&dyn Sink> = ranks.iter().map(|r| r as &dyn Sink).collect();
     let options = Options { finite, timeout: Duration::from_millis(300), progress: &|_| {} };
-    run(&compiled.program, &graph, &rows, &sinks, &options)?;
+    run(&compiled.program, &graph, &[&rows], &sinks, &options)?;
     Ok(ranks.map(|r| *r.written.lock().unwrap()))
 }
 
@@ -188,7 +196,7 @@ fn non_finite_weights_are_let_through_when_asked_and_reported() {
         timeout: Duration::from_secs(10),
         progress: &|_| {},
     };
-    let report = run(&compiled.program, &graph, &rows, &sinks, &options).unwrap();
+    let report = run(&compiled.program, &graph, &[&rows], &sinks, &options).unwrap();
     assert_eq!(report.non_finite.len(), 1);
     assert_eq!((report.non_finite[0].count, report.non_finite[0].kind), (2, "NaN"));
     assert_eq!(*ranks[1].written.lock().unwrap(), RANK_BYTES);
@@ -208,7 +216,7 @@ fn a_panic_in_either_side_is_an_error_and_never_success() {
     for (rows, mood) in [(&Panics as &dyn Rows, Mood::Fine), (&memory, Mood::Panics)] {
         let ranks = [mood; 2].map(|mood| Rank { mood, written: Mutex::new(0) });
         let sinks: Vec<&dyn Sink> = ranks.iter().map(|r| r as &dyn Sink).collect();
-        let e = run(&compiled.program, &graph, rows, &sinks, &options).unwrap_err();
+        let e = run(&compiled.program, &graph, &[rows], &sinks, &options).unwrap_err();
         assert_eq!((e.exit_code(), e.diagnostics[0].code), (3, "E0502"));
     }
 }

@@ -37,6 +37,7 @@ fn out(expression: &str, shape: &[u64], values: &[u16]) -> Result<Vec<u8>, Error
         open_model: &|_| Err(Diagnostic::error("E0417", "no input").into()),
         mesh: Some(InferMesh::single()),
         train: TrainMesh::single(),
+        placements: None,
         options: BTreeMap::new(),
         target: BTreeMap::new(),
         experts: BTreeMap::new(),
@@ -52,7 +53,7 @@ fn out(expression: &str, shape: &[u64], values: &[u16]) -> Result<Vec<u8>, Error
         timeout: Duration::from_secs(10),
         progress: &|_| {},
     };
-    update(&compiled, &sources, &mut targets, 1 << 20, &options)?;
+    update(&compiled, std::slice::from_ref(&sources), &mut targets, 1 << 20, &options)?;
     Ok(held)
 }
 

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 use kernelcast::backend::reference::{Oracle, Stored};
 use kernelcast::compile::Compiled;
+use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
 use kernelcast::ir::Place;
 use kernelcast::verify::{FileTensor, verify_rank};
@@ -23,7 +24,7 @@ use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
 use cases::Case;
-use world::{Values, World, compile_case};
+use world::{Values, World, compile_case, compile_sharded};
 
 /// Evaluates a compiled plan: for each rank its targets in the plan's order, none for what it
 /// does not store.
@@ -32,7 +33,16 @@ type Evaluator = fn(&Compiled, &World) -> Vec<Vec<Option<Stored>>>;
 /// Law 1: what an evaluator makes of a rank is what the oracle finds, bit for bit.
 fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evaluator) {
     let world = World::random(&case.sources, seed, values);
-    let compiled = match compile_case(case, &world) {
+    check_compiled(case, &world, compile_case(case, &world), evaluate);
+}
+
+fn check_compiled(
+    case: &Case,
+    world: &World,
+    compiled: Result<Compiled, Vec<Diagnostic>>,
+    evaluate: Evaluator,
+) {
+    let compiled = match compiled {
         Ok(compiled) => compiled,
         Err(e) => {
             let codes: Vec<_> = e.iter().map(|d| d.code).collect();
@@ -40,12 +50,12 @@ fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evalua
             return;
         }
     };
-    let evaluated = evaluate(&compiled, &world);
+    let evaluated = evaluate(&compiled, world);
     assert_eq!(evaluated.len(), compiled.program.ranks.len());
     for (rank, found) in compiled.program.ranks.iter().zip(evaluated) {
         let plan = &compiled.stages[rank.coords.pp as usize];
         let place = Place::of(&compiled.mesh, rank.coords);
-        let oracle = Oracle::new(plan, place, &case.experts, &world).expect("it was compiled");
+        let oracle = Oracle::new(plan, place, &case.experts, world).expect("it was compiled");
         assert_eq!(found.len(), plan.params.len());
         for (param, found) in plan.params.iter().zip(found) {
             let Some(found) = found else { continue };
@@ -56,6 +66,20 @@ fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evalua
             equal(&scales(&found), &scales(&expected), &format!("scales of {what}"));
         }
     }
+}
+
+/// Law 4 and 5 for a case's own trainer mesh, each rank with its own memory.
+fn check_sharded(case: &Case, world: &World) {
+    let compiled = compile_sharded(case, world);
+    if let Ok(compiled) = &compiled
+        && let Err(e) = cpu::try_evaluate(compiled, world)
+    {
+        let codes: Vec<_> = e.iter().map(|d| d.code).collect();
+        let may = case.text.contains(" + ") || case.text.matches("quantize(").count() > 1;
+        assert!(may && codes.iter().all(|c| *c == "E0308"), "{e:#?}");
+        return;
+    }
+    check_compiled(case, world, compiled, cpu::evaluate);
 }
 
 /// Failures are kept in a file and tried first.
@@ -94,6 +118,12 @@ proptest! {
     #[test]
     fn the_cpu_backend_writes_what_the_oracle_finds(case in case(), seed: u64) {
         check_against_oracle(&case, seed, Values::Any, cpu::evaluate);
+    }
+
+    #[test]
+    fn a_sharded_trainer_writes_what_the_oracle_finds(case in case(), seed: u64) {
+        let world = World::random(&case.sources, seed, Values::Any);
+        check_sharded(&case, &world);
     }
 
     #[test]
@@ -168,6 +198,7 @@ fn check_cut(cut: &Cut) {
         block: 128,
         sources: Vec::new(),
         experts: Default::default(),
+        train: Default::default(),
     };
     // Ascending and descending values: no two different tiles have one amax in both.
     let count = rows * cols;
@@ -246,6 +277,7 @@ fn verification_names_the_first_difference() {
             shape: vec![8, 40],
         }],
         experts: Default::default(),
+        train: Default::default(),
     };
     let world = World::random(&case.sources, 3, Values::Finite);
     let compiled = compile_case(&case, &world).expect("the plan is right");

@@ -43,6 +43,7 @@ fn compiled(
         open_model: &|_| unreachable!("the model is given"),
         mesh: Some(InferMesh::parse(infer).unwrap()),
         train: TrainMesh::single(),
+        placements: None,
         options: Default::default(),
         target: Default::default(),
         experts: Default::default(),

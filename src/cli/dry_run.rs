@@ -2,10 +2,10 @@
 
 use crate::compile::Compiled;
 use crate::exec::{DEFAULT_STAGING, graph_of};
-use crate::graph::print_graph;
+use crate::graph::{Bounds, print_graph};
 use crate::lower::{print_program, print_shards};
 use crate::table::ShapeTable;
-use crate::topo::RankId;
+use crate::topo::{Cluster, RankId};
 
 use super::args::{DryRunArgs, Stage, TableFormat};
 use super::inputs::{self, Weights};
@@ -22,8 +22,12 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         Stage::Shards => print_shards(&compiled.program),
         Stage::Program => print_program(&compiled.program),
         Stage::Graph => {
-            let graph = graph_of(compiled, DEFAULT_STAGING)
-                .map_err(|error| Failure { error, files: compiled.files().clone() })?;
+            let graph = {
+                let (replicas, bounds) =
+                    (compiled.mesh.replicas as u32, Bounds::with_staging(DEFAULT_STAGING));
+                graph_of(&compiled.program, replicas, &Cluster::default(), bounds)
+            }
+            .map_err(|error| Failure { error, files: compiled.files().clone() })?;
             print_graph(&compiled.program, &graph)
         }
         Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),

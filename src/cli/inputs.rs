@@ -62,6 +62,7 @@ pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loa
             Some(axes) => TrainMesh::parse(axes).map_err(misused)?,
             None => TrainMesh::single(),
         },
+        placements: manifest.as_ref(),
         options: pairs("--set", &args.set)?,
         target: facts(&args.target)?,
         experts,

@@ -22,13 +22,6 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     let loaded = inputs::load(&args.inputs, Weights::Needed)?;
     let compiled = &loaded.compiled;
     report(&compiled.notes, compiled.files(), false);
-    if compiled.train.world() > 1 {
-        return Err(Diagnostic::error(
-            "E0605",
-            "a run reads from one trainer rank: leave --train out",
-        )
-        .into());
-    }
     let out = output(args, compiled)?;
     let model = loaded.model.as_ref().and_then(|m| m.checkpoint.as_ref());
     let Some(checkpoint) = model else {

@@ -1,31 +1,42 @@
 //! Every rank's targets, and the distinct units that make them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::ir::{Dims, NodeId, Param, Place, SourceFormat, Type, first_source, infer_all};
 use crate::lower::{
-    Part, ProgramSource, RankProgram, Target, TargetKind, TargetStorage, Unit, recipe_of,
+    Part, Placed, ProgramSource, RankProgram, Receiver, Target, TargetKind, TargetStorage,
+    Unit, recipe_of,
 };
 use crate::shard::{Piece, Resolver, Storage, row_major};
-use crate::topo::RankId;
+use crate::topo::{Layout, RankId};
 
 use super::CompileInputs;
+use super::axes::{Axes, axes_of};
 use super::derived::derived_view;
 use super::front::{Front, Late};
-
-/// A unit's identity: same pieces over the same shape is the same value.
-type UnitKey = (Vec<Piece>, Dims);
+use super::placements::{PlacementKey, Placements};
 
 pub(super) struct Lowering<'a> {
     pub(super) inputs: &'a CompileInputs<'a>,
     pub(super) front: &'a Front,
+    placements: Placements<'a>,
+    /// Equal layouts are one.
+    layouts: HashMap<(Dims, PlacementKey), Arc<Layout>>,
+    /// Types of each stage's nodes on a mesh of one rank.
+    full: Vec<Rc<Vec<Option<Type>>>>,
     pub(super) sources: Vec<ProgramSource>,
     pub(super) source_ids: HashMap<String, u32>,
     pub(super) units: Vec<Unit>,
-    pub(super) unit_ids: HashMap<UnitKey, usize>,
+    /// Units by the hash of expression and shape: the same expression is the same value.
+    unit_ids: HashMap<u64, Vec<u32>>,
+    hasher: RandomState,
+    /// Targets by stage, parameter and the rank's index on the axes that the parameter uses.
+    targets: HashMap<(usize, usize, [u64; 5]), Arc<Target>>,
     pub(super) ranks: Vec<RankProgram>,
     pub(super) used: BTreeSet<String>,
     pub(super) problems: Vec<Late>,
@@ -37,19 +48,48 @@ struct StageTypes {
     full: Rc<Vec<Option<Type>>>,
 }
 
+/// What all ranks of a pipeline stage share.
+struct Stage {
+    index: usize,
+    /// For each source: storage of its elements and, if quantized, of its scales.
+    storages: Vec<(u32, Option<u32>)>,
+    /// Parameters that land, by node.
+    landed: BTreeMap<NodeId, u32>,
+    /// For each node the mesh axes on which its value depends.
+    axes: Vec<Axes>,
+}
+
 impl<'a> Lowering<'a> {
     pub(super) fn new(inputs: &'a CompileInputs<'a>, front: &'a Front) -> Self {
+        let full: Vec<Rc<Vec<Option<Type>>>> = (front.stages.iter())
+            .map(|plan| Rc::new(infer_all(plan, &Place::whole(&front.mesh)).0))
+            .collect();
+        let types: Vec<&[Option<Type>]> = full.iter().map(|t| t.as_slice()).collect();
+        let placements = match inputs.placements {
+            Some(manifest) => Placements::given(manifest),
+            None => Placements::rules(&inputs.train, &front.stages, &types),
+        };
         Lowering {
             inputs,
             front,
+            placements,
+            layouts: HashMap::new(),
+            full,
             sources: Vec::new(),
             source_ids: HashMap::new(),
             units: Vec::new(),
             unit_ids: HashMap::new(),
+            hasher: RandomState::new(),
+            targets: HashMap::new(),
             ranks: Vec::new(),
             used: BTreeSet::new(),
             problems: Vec::new(),
         }
+    }
+
+    /// Number of trainer ranks.
+    pub(super) fn trainers(&self) -> u32 {
+        self.placements.world() as u32
     }
 
     pub(super) fn lower(&mut self) {
@@ -57,14 +97,7 @@ impl<'a> Lowering<'a> {
         if !self.problems.is_empty() {
             return;
         }
-        let full: Vec<Rc<Vec<Option<Type>>>> = self
-            .front
-            .stages
-            .iter()
-            .map(|plan| Rc::new(infer_all(plan, &Place::whole(&self.front.mesh)).0))
-            .collect();
-        let storages: Vec<Vec<(u32, Option<u32>)>> =
-            (0..self.front.stages.len()).map(|s| self.stage_storages(s)).collect();
+        let stages: Vec<Stage> = (0..self.front.stages.len()).map(|s| self.stage(s)).collect();
         let mut cache: HashMap<(usize, u64), Rc<StageTypes>> = HashMap::new();
         for rank in self.front.mesh.ranks() {
             let coords = self.front.mesh.coords(rank);
@@ -75,12 +108,23 @@ impl<'a> Lowering<'a> {
             let types = match cache.get(&key) {
                 Some(types) => Rc::clone(types),
                 None => {
-                    let types = Rc::new(self.stage_types(stage, &place, &full[stage]));
+                    let types = Rc::new(self.stage_types(stage, &place));
                     cache.insert(key, Rc::clone(&types));
                     types
                 }
             };
-            self.rank(rank, stage, &place, &types, &storages[stage]);
+            self.rank(rank, &stages[stage], &place, &types);
+        }
+    }
+
+    fn stage(&mut self, index: usize) -> Stage {
+        let plan = &self.front.stages[index];
+        let landed = plan.params.iter().enumerate().filter(|(_, p)| !p.derived);
+        Stage {
+            index,
+            storages: self.stage_storages(index),
+            landed: landed.map(|(i, p)| (p.node, i as u32)).collect(),
+            axes: axes_of(plan),
         }
     }
 
@@ -104,17 +148,26 @@ impl<'a> Lowering<'a> {
             return *id;
         }
         let id = self.sources.len() as u32;
-        self.sources.push(ProgramSource { name: name.to_owned(), dtype, shape: shape.clone() });
+        let key = (shape.clone(), self.placements.key(name));
+        let layout = match self.layouts.get(&key) {
+            Some(layout) => Arc::clone(layout),
+            None => {
+                let layout = Arc::new(self.placements.layout(name, shape));
+                self.layouts.insert(key, Arc::clone(&layout));
+                layout
+            }
+        };
+        self.sources.push(ProgramSource {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.clone(),
+            layout,
+        });
         self.source_ids.insert(name.to_owned(), id);
         id
     }
 
-    fn stage_types(
-        &mut self,
-        stage: usize,
-        place: &Place,
-        full: &Rc<Vec<Option<Type>>>,
-    ) -> StageTypes {
+    fn stage_types(&mut self, stage: usize, place: &Place) -> StageTypes {
         let plan = &self.front.stages[stage];
         let (types, errors) = infer_all(plan, place);
         for (index, e) in errors {
@@ -123,46 +176,44 @@ impl<'a> Lowering<'a> {
             d.subject = first_source(&plan.nodes, &plan.sources, NodeId(index as u32));
             self.problems.push(Late { stage, event: Some(node.event), diagnostic: d });
         }
-        StageTypes { types, full: Rc::clone(full) }
+        StageTypes { types, full: Rc::clone(&self.full[stage]) }
     }
 
-    fn rank(
-        &mut self,
-        rank: RankId,
-        stage: usize,
-        place: &Place,
-        types: &StageTypes,
-        storages: &[(u32, Option<u32>)],
-    ) {
-        let plan = &self.front.stages[stage];
-        let landed: BTreeMap<NodeId, u32> = plan
-            .params
-            .iter()
-            .enumerate()
-            .filter(|(_, p)| !p.derived)
-            .map(|(i, p)| (p.node, i as u32))
-            .collect();
+    fn rank(&mut self, rank: RankId, stage: &Stage, place: &Place, types: &StageTypes) {
+        let plan = &self.front.stages[stage.index];
         let resolver = Resolver {
             plan,
             types: &types.types,
             place,
             experts: &self.inputs.experts,
-            storages,
-            landed: &landed,
+            storages: &stage.storages,
+            landed: &stage.landed,
         };
-        let this = self.ranks.len();
-        let mut targets = Vec::with_capacity(plan.params.len());
-        for param in &plan.params {
-            let Some(t) = types.types[param.node.0 as usize].clone() else { continue };
-            let pieces = match resolver.param(&param.name, param.node, param.derived) {
-                Ok(pieces) => pieces,
-                Err(_) => {
-                    self.no_lowering(stage, param);
-                    continue;
+        let this = self.ranks.len() as u32;
+        let mut targets: Vec<Arc<Target>> = Vec::with_capacity(plan.params.len());
+        for (index, param) in plan.params.iter().enumerate() {
+            let axes = stage.axes[param.node.0 as usize];
+            let key = (stage.index, index, axes.indices(place));
+            let target = match self.targets.get(&key) {
+                Some(target) => Arc::clone(target),
+                None => {
+                    let Some(target) = self.target(&resolver, stage.index, param, types, axes)
+                    else {
+                        continue;
+                    };
+                    let target = Arc::new(target);
+                    self.targets.insert(key, Arc::clone(&target));
+                    target
                 }
             };
-            let full = types.full[param.node.0 as usize].as_ref().map(|t| t.shape.clone());
-            targets.push(self.target(this, targets.len(), param, t, full, pieces));
+            for (place, placed) in target.places.iter().enumerate() {
+                self.units[placed.unit as usize].receivers.push(Receiver {
+                    rank: this,
+                    target: targets.len() as u32,
+                    place: place as u32,
+                });
+            }
+            targets.push(target);
         }
         self.ranks.push(RankProgram { rank, coords: self.front.mesh.coords(rank), targets });
     }
@@ -180,40 +231,27 @@ impl<'a> Lowering<'a> {
 
     fn target(
         &mut self,
-        rank: usize,
-        index: usize,
+        resolver: &Resolver<'_>,
+        stage: usize,
         param: &Param,
-        t: Type,
-        full_shape: Option<Dims>,
-        pieces: Vec<Piece>,
-    ) -> Target {
-        let sources = self.sources_of(&pieces);
-        let mut storages = vec![TargetStorage {
-            part: Part::Values,
-            name: param.name.clone(),
-            dtype: t.dtype,
-            shape: t.shape.clone(),
-            strides: row_major(&t.shape),
-        }];
-        if let (Some(q), Some(shape), Some(dtype)) = (t.quant, t.scale_shape(), t.scale_dtype())
-        {
-            storages.push(TargetStorage {
-                part: Part::Scales,
-                name: format!("{}{}", param.name, q.scale_name.suffix()),
-                dtype,
-                strides: row_major(&shape),
-                shape,
-            });
-        }
+        types: &StageTypes,
+        axes: Axes,
+    ) -> Option<Target> {
+        let t = types.types[param.node.0 as usize].clone()?;
+        let Ok(pieces) = resolver.param(&param.name, param.node, param.derived) else {
+            self.no_lowering(stage, param);
+            return None;
+        };
+        let full = types.full[param.node.0 as usize].as_ref();
         let mut target = Target {
             name: param.name.clone(),
             kind: TargetKind::Parameter,
             span: param.span,
-            storages,
-            full_shape,
-            unit: None,
+            storages: storages_of(param, &t),
+            full_shape: full.map(|t| t.shape.clone()),
+            places: Vec::new(),
             recipe: recipe_of(&pieces),
-            sources,
+            sources: self.sources_of(&pieces),
             derived: Vec::new(),
         };
         if param.derived {
@@ -222,36 +260,41 @@ impl<'a> Lowering<'a> {
             target.storages[0].strides = strides;
             target.derived = pieces;
         } else {
-            target.unit = Some(self.unit(rank, index, param, &t, pieces));
+            let mapped = self.front.mesh.eplb && axes.experts();
+            let places = pieces.into_iter().map(|p| self.placed(param, &t, p, mapped));
+            target.places = places.collect();
         }
-        target
+        Some(target)
     }
 
-    fn unit(
-        &mut self,
-        rank: usize,
-        index: usize,
-        param: &Param,
-        t: &Type,
-        pieces: Vec<Piece>,
-    ) -> usize {
-        let key = (pieces, t.shape.clone());
-        if let Some(id) = self.unit_ids.get(&key) {
-            self.units[*id].receivers.push((rank, index));
-            return *id;
-        }
-        let id = self.units.len();
-        self.units.push(Unit {
-            name: param.name.clone(),
-            span: param.span,
-            shape: t.shape.clone(),
-            dtype: t.dtype,
-            quant: t.quant,
-            pieces: key.0.clone(),
-            receivers: vec![(rank, index)],
-        });
-        self.unit_ids.insert(key, id);
-        id
+    /// The unit of a piece, new or known.
+    fn placed(&mut self, param: &Param, t: &Type, piece: Piece, mapped: bool) -> Placed {
+        let Piece { at, expr } = piece;
+        let key = self.hasher.hash_one((&expr, &at.len));
+        let known = self.unit_ids.entry(key).or_default();
+        let same = |id: &&u32| {
+            let unit = &self.units[**id as usize];
+            (&unit.expr, &unit.shape, unit.quant) == (&expr, &at.len, t.quant)
+        };
+        let unit = match known.iter().find(same) {
+            Some(id) => *id,
+            None => {
+                let id = self.units.len() as u32;
+                known.push(id);
+                self.units.push(Unit {
+                    name: param.name.clone(),
+                    span: param.span,
+                    shape: at.len,
+                    dtype: t.dtype,
+                    quant: t.quant,
+                    expr,
+                    mapped,
+                    receivers: Vec::new(),
+                });
+                id
+            }
+        };
+        Placed { unit, lo: at.lo }
     }
 
     /// Names of the sources that some pieces read, in order of first use.
@@ -272,4 +315,25 @@ impl<'a> Lowering<'a> {
         self.used.extend(names.iter().cloned());
         names
     }
+}
+
+/// Values (or codes) and, of a quantized value, scales.
+fn storages_of(param: &Param, t: &Type) -> Vec<TargetStorage> {
+    let mut storages = vec![TargetStorage {
+        part: Part::Values,
+        name: param.name.clone(),
+        dtype: t.dtype,
+        shape: t.shape.clone(),
+        strides: row_major(&t.shape),
+    }];
+    if let (Some(q), Some(shape), Some(dtype)) = (t.quant, t.scale_shape(), t.scale_dtype()) {
+        storages.push(TargetStorage {
+            part: Part::Scales,
+            name: format!("{}{}", param.name, q.scale_name.suffix()),
+            dtype,
+            strides: row_major(&shape),
+            shape,
+        });
+    }
+    storages
 }

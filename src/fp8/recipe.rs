@@ -2,6 +2,8 @@
 //! scale to what each element is multiplied or divided by.
 //! Knows nothing of tiles in memory.
 
+use crate::dtype::DType;
+
 use super::codec::{GPU_NAN_BITS, INFINITY_BITS, e8m0_encode};
 use super::rcp::rcp_full;
 
@@ -35,6 +37,16 @@ pub enum ScaleFormat {
     F32,
     /// One byte a tile, the exponent of a power of two (float8_e8m0fnu).
     E8m0,
+}
+
+impl ScaleFormat {
+    /// Element type of the stored scales.
+    pub const fn dtype(self) -> DType {
+        match self {
+            ScaleFormat::F32 => DType::F32,
+            ScaleFormat::E8m0 => DType::E8m0,
+        }
+    }
 }
 
 /// A named way to quantize a weight to e4m3fn with one scale a square tile.

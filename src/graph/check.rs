@@ -1,74 +1,75 @@
-//! The verifier: every byte of every target is stored once, every receive has its send.
+//! The verifier: every element of every unit is made once and reaches each rank that holds it
+//! once, and nobody else.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::diag::Diagnostic;
-use crate::lower::{Program, TargetKind};
+use crate::lower::Program;
+use crate::topo::RankId;
 
-use super::{Graph, Step};
+use super::{Graph, Route};
 
 /// Proves a graph against its program.
 ///
 /// # Errors
 /// E0502 with the first contradiction: a bug of the compiler, never of a plan.
 pub fn check(program: &Program, graph: &Graph) -> Result<(), Diagnostic> {
-    let bad = |what: String| Err(Diagnostic::error("E0502", what));
-    let mut sends: BTreeSet<(usize, usize)> = BTreeSet::new();
-    let mut launched: BTreeSet<usize> = BTreeSet::new();
-    for step in &graph.trainer {
-        match *step {
-            Step::Launch { bucket } => {
-                launched.insert(bucket);
+    let bad = |what: String| Diagnostic::error("E0502", what);
+    let routes: Result<Vec<Vec<RankId>>, String> = graph.routes.iter().map(reached).collect();
+    let routes = routes.map_err(bad)?;
+    let mut made: Vec<u64> = vec![0; program.units.len()];
+    let mut first: HashSet<(u32, &[u64])> = HashSet::with_capacity(graph.parts.len());
+    let mut wanted: HashMap<u32, Vec<RankId>> = HashMap::new();
+    for flow in graph.buckets.iter().flat_map(|b| &graph.flows[range(&b.flows)]) {
+        let reached = &routes[flow.route as usize];
+        for part in &graph.parts[range(&flow.parts)] {
+            let unit = &program.units[part.unit as usize];
+            let inside = (0..unit.shape.len())
+                .all(|d| part.window.lo[d] + part.window.len[d] <= unit.shape[d]);
+            if !inside || !first.insert((part.unit, &part.window.lo)) {
+                return Err(bad(format!("{} is made twice or outside of it", unit.name)));
             }
-            Step::Send { bucket, to } => {
-                if !launched.contains(&bucket) || !sends.insert((bucket, to)) {
-                    return bad(format!("bucket {bucket} is sent to {to} early or twice"));
-                }
-            }
-            _ => return bad("a trainer rank has an inference step".to_owned()),
-        }
-    }
-    for (rank, steps) in graph.ranks.iter().enumerate() {
-        for step in steps {
-            if let Step::Recv { bucket } = *step
-                && !sends.remove(&(bucket, rank))
-            {
-                return bad(format!(
-                    "rank {rank} waits for bucket {bucket}, which nobody sends"
-                ));
+            made[part.unit as usize] += part.bytes();
+            let wanted =
+                wanted.entry(part.unit).or_insert_with(|| receivers(program, graph, part.unit));
+            if wanted != reached {
+                return Err(bad(format!("{} goes to ranks that do not hold it", unit.name)));
             }
         }
     }
-    if let Some((bucket, rank)) = sends.first() {
-        return bad(format!("bucket {bucket} is sent to rank {rank}, which does not take it"));
-    }
-    stored_once(program, graph)
-}
-
-/// Every storage of every written target is covered by its chunks, without overlap.
-fn stored_once(program: &Program, graph: &Graph) -> Result<(), Diagnostic> {
-    let mut parts: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
-    for chunk in graph.buckets.iter().flat_map(|b| &b.chunks) {
-        let (values, scales) = parts.entry(chunk.unit).or_default();
-        // Chunks of a unit are in order, so the next one begins where the last one ended.
-        if chunk.value_at != *values || chunk.scale_at != *scales {
-            let name = &program.units[chunk.unit].name;
-            return Err(Diagnostic::error("E0502", format!("{name} has a gap or an overlap")));
-        }
-        *values += chunk.value_bytes;
-        *scales += chunk.scale_bytes;
-    }
-    for rank in &program.ranks {
-        for target in rank.targets.iter().filter(|t| t.kind == TargetKind::Parameter) {
-            let stored = target.unit.and_then(|u| parts.get(&u)).copied().unwrap_or_default();
-            let wanted: u64 = target.storages.iter().map(|s| s.bytes()).sum();
-            if stored.0 + stored.1 != wanted {
-                return Err(Diagnostic::error(
-                    "E0502",
-                    format!("{} on rank {} is not covered", target.name, rank.rank),
-                ));
-            }
+    for (unit, made) in program.units.iter().zip(made) {
+        let wanted = if unit.is_constant() { 0 } else { unit.bytes() };
+        if made != wanted {
+            return Err(bad(format!("{}: {made} of {wanted} bytes are made", unit.name)));
         }
     }
     Ok(())
+}
+
+pub(super) fn range(r: &std::ops::Range<u32>) -> std::ops::Range<usize> {
+    r.start as usize..r.end as usize
+}
+
+/// Ranks that a route reaches, ascending; each once, and relays only from ranks that have it.
+fn reached(route: &Route) -> Result<Vec<RankId>, String> {
+    let mut has: BTreeSet<RankId> = BTreeSet::new();
+    for entry in &route.entries {
+        if !has.insert(*entry) {
+            return Err(format!("rank {entry} is sent the same bytes twice"));
+        }
+    }
+    for (from, to) in &route.relays {
+        if !has.contains(from) || !has.insert(*to) {
+            return Err(format!("the relay from rank {from} to rank {to} is early or double"));
+        }
+    }
+    Ok(has.into_iter().collect())
+}
+
+fn receivers(program: &Program, graph: &Graph, unit: u32) -> Vec<RankId> {
+    let world = program.ranks.len() as u64;
+    let ranks: BTreeSet<u64> =
+        program.units[unit as usize].receivers.iter().map(|r| u64::from(r.rank)).collect();
+    let replicas = 0..u64::from(graph.ranks) / world.max(1);
+    replicas.flat_map(|r| ranks.iter().map(move |i| RankId(r * world + i))).collect()
 }

@@ -1,67 +1,99 @@
-//! The execution graph: what each rank launches, sends, receives and stores, in order.
+//! The execution graph: what each rank makes, sends, receives and stores, bucket by bucket.
 //! Never calls a driver: the CPU backend runs it with threads, the CUDA backend captures it.
 
 mod build;
 mod check;
+mod messages;
 mod print;
+mod routes;
+mod shared;
 
-pub(crate) use build::tiles;
+use std::ops::Range;
+
 pub use build::{Bounds, build};
+pub(crate) use build::{slabs, tiles};
 pub use check::check;
+pub use messages::Message;
 pub use print::print_graph;
+pub use routes::Fan;
 
 use crate::shard::Window;
+use crate::topo::RankId;
 
-/// A contiguous part of a unit: made in one go, stored with one write a storage.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chunk {
-    pub unit: usize,
-    /// The part of the unit's shape.
+/// A box of a unit that one trainer rank makes: its values (or codes), then its scales.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Index in the program.
+    pub unit: u32,
     pub window: Window,
-    /// Bytes of values (or codes) and of scales; in the bucket they lie one after the other.
+    /// Bytes of values and of scales; in a message they lie one after the other.
     pub value_bytes: u64,
     pub scale_bytes: u64,
-    /// Where the chunk begins in the target's storages, in bytes.
-    pub value_at: u64,
-    pub scale_at: u64,
 }
 
-impl Chunk {
+impl Part {
     pub fn bytes(&self) -> u64 {
         self.value_bytes + self.scale_bytes
     }
 }
 
-/// What is made, sent and stored as one step. Two or more are in flight.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bucket {
-    pub chunks: Vec<Chunk>,
+/// Parts that go from one trainer rank to the same inference ranks in one bucket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Flow {
+    pub from: u32,
+    /// Index into [`Graph::routes`].
+    pub route: u32,
+    /// Range of [`Graph::parts`].
+    pub parts: Range<u32>,
     pub bytes: u64,
 }
 
-/// One step of a rank's own program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Make every chunk of a bucket.
-    Launch { bucket: usize },
-    /// Hand a bucket's chunks to an inference rank (by index in the program).
-    Send { bucket: usize, to: usize },
-    /// Take a bucket's chunks from the trainer rank.
-    Recv { bucket: usize },
-    /// Put the chunks that are this rank's into its parameters.
-    Store { bucket: usize },
-    /// Compute a derived parameter (by index on the rank) from what has landed.
-    Derive { target: usize },
+/// How bytes reach all inference ranks that need them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Route {
+    /// Ranks that the trainer rank sends to.
+    pub entries: Vec<RankId>,
+    /// Relays inside the inference side, in order: each sender has the bytes by then.
+    pub relays: Vec<(RankId, RankId)>,
 }
 
-/// The steps of every rank over one set of buckets.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What is made, packed, sent and stored as one step. Two or more are in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Bucket {
+    /// Range of [`Graph::flows`], in order of sender.
+    pub flows: Range<u32>,
+}
+
+/// Tiles whose parts lie on several trainer ranks: a box of them with one set of holders, who
+/// agree on each tile's absolute maximum before the first bucket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SharedTiles {
+    /// The unit, by index in the program.
+    pub unit: u32,
+    /// In tiles of the grid on which the unit's scales are computed.
+    pub tiles: Window,
+    /// Range of [`Graph::holders`]: trainer ranks, of which the first collects the maxima and
+    /// hands the result back.
+    pub holders: Range<u32>,
+}
+
+/// The schedule of a whole update over all ranks of both sides.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Graph {
+    /// Number of trainer ranks.
+    pub trainers: u32,
+    /// Number of inference ranks, all replicas.
+    pub ranks: u32,
+    pub parts: Vec<Part>,
+    pub flows: Vec<Flow>,
+    pub routes: Vec<Route>,
     pub buckets: Vec<Bucket>,
-    /// Steps of the trainer rank.
-    pub trainer: Vec<Step>,
-    /// Steps of each inference rank of the program.
-    pub ranks: Vec<Vec<Step>>,
-    /// Buckets in flight times the largest bucket: the most that staging ever holds.
+    /// Tiles that no single trainer rank makes, in order of unit.
+    pub shared: Vec<SharedTiles>,
+    /// Trainer ranks of the shared tiles.
+    pub holders: Vec<u32>,
+    /// Buckets in flight.
+    pub in_flight: u64,
+    /// The most that staging ever holds on any rank, in bytes.
     pub staging_bytes: u64,
 }

@@ -1,56 +1,94 @@
-//! The text form of a graph.
+//! The graph as DOT: what each rank does in each bucket, and the messages between.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use crate::ir::show_shape;
-use crate::lower::Program;
+use crate::lower::{Program, TargetKind};
+use crate::topo::{Peer, RankId};
 
-use super::{Graph, Step};
+use super::Graph;
 
-/// Buckets with their chunks, then each rank's steps; the same on every machine.
+/// A `digraph` with a cluster for each rank that does something, a node for each bucket in it,
+/// and an edge for each message; relays are dashed. The same on every machine.
 pub fn print_graph(program: &Program, graph: &Graph) -> String {
-    let mut out = String::new();
-    for (i, bucket) in graph.buckets.iter().enumerate() {
-        let _ = writeln!(out, "bucket {i} {} bytes", bucket.bytes);
-        for c in &bucket.chunks {
-            let _ = writeln!(
-                out,
-                "  {} {} + {} -> {} bytes at {}, {} bytes of scales at {}",
-                program.units[c.unit].name,
-                show_shape(&c.window.lo),
-                show_shape(&c.window.len),
-                c.value_bytes,
-                c.value_at,
-                c.scale_bytes,
-                c.scale_at
-            );
+    let steps = steps(program, graph);
+    let mut out = String::from("digraph update {\n  rankdir=LR;\n  node [shape=box];\n");
+    let _ = writeln!(
+        out,
+        "  label=\"{} buckets, staging {} bytes, schedule {}\";",
+        graph.buckets.len(),
+        graph.staging_bytes,
+        graph.digest()
+    );
+    for (peer, steps) in &steps {
+        let _ = writeln!(out, "  subgraph \"cluster_{}\" {{\n    label=\"{peer}\";", id(*peer));
+        for (step, text) in steps {
+            let _ = writeln!(out, "    {} [label=\"{text}\"];", node(*peer, *step));
+        }
+        let chain: Vec<String> = steps.keys().map(|s| node(*peer, *s)).collect();
+        if chain.len() > 1 {
+            let _ = writeln!(out, "    {} [color=gray];", chain.join(" -> "));
+        }
+        out.push_str("  }\n");
+    }
+    for bucket in 0..graph.buckets.len() {
+        for m in graph.messages(bucket) {
+            let style = if matches!(m.from, Peer::Rank(_)) { ", style=dashed" } else { "" };
+            let (from, to) = (node(m.from, bucket), node(Peer::Rank(m.to), bucket));
+            let _ = writeln!(out, "  {from} -> {to} [label=\"{} bytes\"{style}];", m.bytes);
         }
     }
-    let _ = writeln!(out, "trainer 0");
-    for step in &graph.trainer {
-        let _ = writeln!(out, "  {}", show_step(program, None, step));
-    }
-    for (i, (steps, rank)) in graph.ranks.iter().zip(&program.ranks).enumerate() {
-        let _ = writeln!(out, "rank {}", rank.rank);
-        for step in steps {
-            let _ = writeln!(out, "  {}", show_step(program, Some(i), step));
-        }
-    }
-    let _ = writeln!(out, "staging {} bytes", graph.staging_bytes);
-    out
+    out + "}\n"
 }
 
-fn show_step(program: &Program, rank: Option<usize>, step: &Step) -> String {
-    match *step {
-        Step::Launch { bucket } => format!("launch {bucket}"),
-        Step::Send { bucket, to } => {
-            format!("send {bucket} to rank {}", program.ranks[to].rank)
+/// Text of each rank's steps: one a bucket, then what it computes from what has landed.
+fn steps(program: &Program, graph: &Graph) -> BTreeMap<Peer, BTreeMap<usize, String>> {
+    let mut steps: BTreeMap<Peer, BTreeMap<usize, String>> = BTreeMap::new();
+    for bucket in 0..graph.buckets.len() {
+        let mut made: BTreeMap<u32, (usize, u64, BTreeSet<&str>)> = BTreeMap::new();
+        for (_, flow) in graph.flows_of(bucket) {
+            let (parts, bytes, names) = made.entry(flow.from).or_default();
+            *bytes += flow.bytes;
+            for part in graph.parts_of(flow) {
+                *parts += 1;
+                names.insert(&program.units[part.unit as usize].name);
+            }
         }
-        Step::Recv { bucket } => format!("recv {bucket} from trainer 0"),
-        Step::Store { bucket } => format!("store {bucket}"),
-        Step::Derive { target } => {
-            let name = rank.map_or("", |r| program.ranks[r].targets[target].name.as_str());
-            format!("derive {name}")
+        for (trainer, (parts, bytes, names)) in made {
+            let names: Vec<&str> = names.into_iter().collect();
+            let text = format!(
+                "launch {bucket}: {parts} parts, {bytes} bytes\\n{}",
+                names.join("\\n")
+            );
+            steps.entry(Peer::Trainer(trainer)).or_default().insert(bucket, text);
+        }
+        for message in graph.messages(bucket) {
+            let text = format!("store {bucket}");
+            steps.entry(Peer::Rank(message.to)).or_default().insert(bucket, text);
         }
     }
+    let derived = |r: usize| {
+        let targets = program.ranks[r].targets.iter();
+        let derived = targets.filter(|t| t.kind == TargetKind::Derived);
+        derived.map(|t| t.name.as_str()).collect::<Vec<_>>()
+    };
+    for rank in 0..graph.ranks as usize {
+        let names = derived(rank % program.ranks.len());
+        if !names.is_empty() {
+            let own = steps.entry(Peer::Rank(RankId(rank as u64))).or_default();
+            own.insert(graph.buckets.len(), format!("derive\\n{}", names.join("\\n")));
+        }
+    }
+    steps
+}
+
+fn id(peer: Peer) -> String {
+    match peer {
+        Peer::Trainer(t) => format!("t{t}"),
+        Peer::Rank(r) => format!("r{r}"),
+    }
+}
+
+fn node(peer: Peer, step: usize) -> String {
+    format!("{}_{step}", id(peer))
 }

@@ -2,7 +2,6 @@
 //! Checks their form; whether they fit a plan is asked elsewhere.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +12,7 @@ use super::json::{self, Pairs};
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::topo::Placement;
 
 /// What one inference rank of a server holds, as the server printed it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -127,55 +127,9 @@ pub struct SourceTensor {
     pub dtype: DType,
     pub shape: Vec<u64>,
     pub placements: Vec<Placement>,
-}
-
-/// What one mesh axis does to a tensor; written `R`, `S(dim)`, `SS(dim,split)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Placement {
-    Replicate,
-    Shard(u64),
-    /// A shard of what an axis further in has cut into `split` parts before.
-    StridedShard {
-        dim: u64,
-        split: u64,
-    },
-}
-
-impl fmt::Display for Placement {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Placement::Replicate => f.write_str("R"),
-            Placement::Shard(dim) => write!(f, "S({dim})"),
-            Placement::StridedShard { dim, split } => write!(f, "SS({dim},{split})"),
-        }
-    }
-}
-
-impl From<Placement> for String {
-    fn from(placement: Placement) -> String {
-        placement.to_string()
-    }
-}
-
-impl TryFrom<String> for Placement {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<Placement, String> {
-        let body = text.trim();
-        let args = |head: &str| -> Option<Vec<u64>> {
-            let inner = body.strip_prefix(head)?.strip_prefix('(')?.strip_suffix(')')?;
-            inner.split(',').map(|n| n.trim().parse().ok()).collect()
-        };
-        match (body, args("S").as_deref(), args("SS").as_deref()) {
-            ("R", ..) => Ok(Placement::Replicate),
-            (_, Some(&[dim]), _) => Ok(Placement::Shard(dim)),
-            (_, _, Some(&[dim, split])) if split > 0 => {
-                Ok(Placement::StridedShard { dim, split })
-            }
-            _ => Err(format!("{text:?} is no placement: expected R, S(dim) or SS(dim,split)")),
-        }
-    }
+    /// Axes of which one index alone holds the tensor, such as a pipeline stage.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub on: BTreeMap<String, u64>,
 }
 
 impl ReceiverManifest {
@@ -234,22 +188,33 @@ impl SourceManifest {
         if let Some((axis, _)) = self.mesh.iter().find(|(_, size)| *size == 0) {
             return Err(format!("mesh axis {axis} has size 0"));
         }
-        for SourceTensor { name, shape, placements, .. } in &self.tensors {
-            if placements.len() != self.mesh.len() {
-                return Err(format!(
-                    "{name} has {} placements, the mesh has {} axes",
-                    placements.len(),
-                    self.mesh.len()
-                ));
+        self.tensors.iter().try_for_each(|t| self.check_tensor(t))
+    }
+
+    fn check_tensor(&self, tensor: &SourceTensor) -> std::result::Result<(), String> {
+        let SourceTensor { name, shape, placements, on, .. } = tensor;
+        if placements.len() != self.mesh.len() {
+            return Err(format!(
+                "{name} has {} placements, the mesh has {} axes",
+                placements.len(),
+                self.mesh.len()
+            ));
+        }
+        for placement in placements {
+            if placement.dim().is_some_and(|dim| dim >= shape.len() as u64) {
+                return Err(format!("{name} {shape:?} has no dim for {placement}"));
             }
-            for placement in placements {
-                let dim = match placement {
-                    Placement::Replicate => continue,
-                    Placement::Shard(dim) | Placement::StridedShard { dim, .. } => *dim,
-                };
-                if dim >= shape.len() as u64 {
-                    return Err(format!("{name} {shape:?} has no dim for {placement}"));
-                }
+        }
+        for (axis, index) in on {
+            let Some(at) = self.mesh.iter().position(|(name, _)| name == axis) else {
+                return Err(format!("{name} is on axis {axis}, which the mesh does not have"));
+            };
+            if *index >= self.mesh[at].1 {
+                let size = self.mesh[at].1;
+                return Err(format!("{name} is on {axis}={index}, the axis has size {size}"));
+            }
+            if placements[at] != Placement::Replicate {
+                return Err(format!("{name} is on {axis}={index} and cut by {axis}"));
             }
         }
         Ok(())

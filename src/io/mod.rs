@@ -18,8 +18,8 @@ pub use checkpoint::{Checkpoint, TensorEntry};
 pub use checksum::checksum_tensor;
 pub use config::{read_config, read_json};
 pub use manifest::{
-    Alias, ExpertMapFile, ParamEntry, Placement, ReceiverManifest, ReceiverTopology,
-    SourceManifest, SourceTensor,
+    Alias, ExpertMapFile, ParamEntry, ReceiverManifest, ReceiverTopology, SourceManifest,
+    SourceTensor,
 };
 pub use output::OutputDir;
 pub use rank_file::RankFile;

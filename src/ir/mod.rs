@@ -72,9 +72,6 @@ impl Type {
 
     /// Element type of the scales as stored.
     pub fn scale_dtype(&self) -> Option<DType> {
-        Some(match self.quant?.scales {
-            ScaleFormat::F32 => DType::F32,
-            ScaleFormat::E8m0 => DType::E8m0,
-        })
+        Some(self.quant?.scales.dtype())
     }
 }

@@ -6,5 +6,6 @@ mod program;
 pub use print::{print_program, print_shards};
 pub(crate) use program::recipe_of;
 pub use program::{
-    Part, Program, ProgramSource, RankProgram, Target, TargetKind, TargetStorage, Unit,
+    Part, Placed, Program, ProgramSource, RankProgram, Receiver, Target, TargetKind,
+    TargetStorage, Unit,
 };

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::ir::show_shape;
-use crate::shard::{Expr, Piece, Storage, TilesFrom, View};
+use crate::shard::{Expr, Storage, TilesFrom, View, Window};
 
 use super::{Part, Program};
 
@@ -16,12 +16,13 @@ pub fn print_shards(program: &Program) -> String {
             for s in &target.storages {
                 let _ = writeln!(out, "  {} {} {}", s.name, s.dtype, show_shape(&s.shape));
             }
-            let pieces = match target.unit {
-                Some(unit) => &program.units[unit].pieces,
-                None => &target.derived,
-            };
-            for piece in pieces {
-                let _ = writeln!(out, "    {}", show_piece(program, piece));
+            for place in &target.places {
+                let unit = &program.units[place.unit as usize];
+                let at = Window { lo: place.lo.clone(), len: unit.shape.clone() };
+                let _ = writeln!(out, "    {}", show_box(program, &at, &unit.expr));
+            }
+            for piece in &target.derived {
+                let _ = writeln!(out, "    {}", show_box(program, &piece.at, &piece.expr));
             }
         }
     }
@@ -35,8 +36,9 @@ pub fn print_program(program: &Program) -> String {
         let _ = writeln!(out, "source {i} {} {} {}", s.name, s.dtype, show_shape(&s.shape));
     }
     for (i, unit) in program.units.iter().enumerate() {
-        let ranks: Vec<String> =
-            unit.receivers.iter().map(|(r, _)| program.ranks[*r].rank.to_string()).collect();
+        let ranks: Vec<String> = (unit.receivers.iter())
+            .map(|r| program.ranks[r.rank as usize].rank.to_string())
+            .collect();
         let _ = writeln!(
             out,
             "unit {i} {} {} {} {} bytes -> ranks {}",
@@ -46,17 +48,15 @@ pub fn print_program(program: &Program) -> String {
             unit.bytes(),
             ranks.join(" ")
         );
-        for piece in &unit.pieces {
-            let _ = writeln!(out, "  {}", show_piece(program, piece));
-        }
+        let _ = writeln!(out, "  {}", show_expr(program, &unit.expr));
     }
     out
 }
 
-fn show_piece(program: &Program, piece: &Piece) -> String {
+fn show_box(program: &Program, at: &Window, expr: &Expr) -> String {
     let ranges: Vec<String> =
-        piece.at.lo.iter().zip(&piece.at.len).map(|(l, n)| format!("{l}..{}", l + n)).collect();
-    format!("[{}] = {}", ranges.join(", "), show_expr(program, &piece.expr))
+        at.lo.iter().zip(&at.len).map(|(l, n)| format!("{l}..{}", l + n)).collect();
+    format!("[{}] = {}", ranges.join(", "), show_expr(program, expr))
 }
 
 fn show_expr(program: &Program, expr: &Expr) -> String {
@@ -94,7 +94,7 @@ fn show_tiles(program: &Program, tiles: &crate::shard::Tiles) -> String {
         ),
         TilesFrom::Made(made) => {
             let input: Vec<String> =
-                made.input.iter().map(|p| show_piece(program, p)).collect();
+                made.input.iter().map(|p| show_box(program, &p.at, &p.expr)).collect();
             format!(
                 "{}/{}({}){refined}",
                 made.recipe.kind.name(),

@@ -1,17 +1,21 @@
 //! The program: tables of sources and targets, and the units that turn one into the other.
 
+use std::sync::Arc;
+
 use crate::diag::Span;
 use crate::dtype::DType;
 use crate::ir::{Dims, Quant, Type};
-use crate::shard::{Expr, Piece, TilesFrom};
-use crate::topo::{Coords, RankId};
+use crate::shard::{Expr, Piece, TilesFrom, Window};
+use crate::topo::{Coords, Layout, RankId};
 
 /// Where a trainer tensor's elements are, as one storage (scales are a storage of their own).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ProgramSource {
     pub name: String,
     pub dtype: DType,
     pub shape: Dims,
+    /// Which trainer ranks hold what of it.
+    pub layout: Arc<Layout>,
 }
 
 impl ProgramSource {
@@ -65,8 +69,8 @@ pub struct Target {
     pub storages: Vec<TargetStorage>,
     /// Shape on a mesh of one rank, where the expression has one.
     pub full_shape: Option<Dims>,
-    /// Index of the unit that makes it; none for derived parameters and aliases.
-    pub unit: Option<usize>,
+    /// The units that fill it, box by box; none for derived parameters and aliases.
+    pub places: Vec<Placed>,
     /// Names of the trainer tensors that flow into it on this rank, in order.
     pub sources: Vec<String>,
     /// Recipe that makes its codes; none if they pass through or there are none.
@@ -75,12 +79,21 @@ pub struct Target {
     pub derived: Vec<Piece>,
 }
 
-/// What one rank holds, in the plan's order.
+/// A unit's box in a target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Index in the program.
+    pub unit: u32,
+    /// First element of the box.
+    pub lo: Dims,
+}
+
+/// What one rank holds, in the plan's order. Ranks share the targets in which they do not differ.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RankProgram {
     pub rank: RankId,
     pub coords: Coords,
-    pub targets: Vec<Target>,
+    pub targets: Vec<Arc<Target>>,
 }
 
 impl RankProgram {
@@ -91,7 +104,8 @@ impl RankProgram {
     }
 }
 
-/// A distinct value that the trainer side makes once, whoever needs it.
+/// A distinct value that the trainer side makes once, whoever needs it: a box of a target and
+/// the expression that fills it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unit {
     /// Name of the first parameter that holds it, for messages.
@@ -100,9 +114,21 @@ pub struct Unit {
     pub shape: Dims,
     pub dtype: DType,
     pub quant: Option<Quant>,
-    pub pieces: Vec<Piece>,
-    /// (index of the rank in the program, index of the target on it).
-    pub receivers: Vec<(usize, usize)>,
+    pub expr: Expr,
+    /// True if the expert map says which ranks hold it.
+    pub mapped: bool,
+    pub receivers: Vec<Receiver>,
+}
+
+/// One box that a unit fills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// Index of the rank in the program.
+    pub rank: u32,
+    /// Index of the target on the rank.
+    pub target: u32,
+    /// Index into the target's places.
+    pub place: u32,
 }
 
 impl Unit {
@@ -112,9 +138,53 @@ impl Unit {
 
     /// Bytes of values and scales.
     pub fn bytes(&self) -> u64 {
-        let t = self.value_type();
-        let scales = t.scale_shape().map_or(0, |s| s.iter().product::<u64>());
-        t.bytes() + scales * t.scale_dtype().map_or(0, DType::size)
+        let window = Window::whole(&self.shape);
+        let (values, scales) = self.bytes_of(&window);
+        values + scales
+    }
+
+    /// Bytes of a window's values, and of the scales that come with it.
+    pub fn bytes_of(&self, window: &Window) -> (u64, u64) {
+        let values = window.len.iter().product::<u64>() * self.dtype.size();
+        let scales = self.scales_of(window).map_or(0, |s| s.len.iter().product());
+        let size = self.value_type().scale_dtype().map_or(0, DType::size);
+        (values, scales * size)
+    }
+
+    /// The scales that come with a window, in tiles: those whose first element lies in it.
+    pub fn scales_of(&self, window: &Window) -> Option<Window> {
+        let block = self.quant?.block;
+        let mut tiles = window.clone();
+        let m = window.len.len().checked_sub(2)?;
+        for d in m..window.len.len() {
+            tiles.lo[d] = window.lo[d].div_ceil(block);
+            tiles.len[d] = (window.lo[d] + window.len[d]).div_ceil(block) - tiles.lo[d];
+        }
+        Some(tiles)
+    }
+
+    /// Tile size at which rows may be cut, if they may not be cut anywhere, and how many rows of
+    /// its first tile come before it.
+    pub fn grid(&self) -> (Option<u64>, u64) {
+        match (self.expr.leaf(), &self.expr) {
+            // A number a tile: any cut is between tiles.
+            (_, Expr::Scales { .. }) => (None, 0),
+            (Some(leaf), _) => (Some(u64::from(leaf.made.recipe.block)), leaf.phase[0]),
+            _ => (self.quant.map(|q| q.block), 0),
+        }
+    }
+
+    /// True if a window begins where a tile of the unit's scales does.
+    pub fn on_grid(&self, window: &Window) -> bool {
+        let Some(block) = self.quant.map(|q| q.block) else { return true };
+        window.lo.iter().rev().take(2).all(|lo| lo.is_multiple_of(block))
+    }
+
+    /// True if it holds nothing of the trainer's: every rank makes it itself.
+    pub fn is_constant(&self) -> bool {
+        let mut reads = false;
+        self.expr.views(&mut |_| reads = true);
+        !reads
     }
 }
 
@@ -122,8 +192,11 @@ impl Unit {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Program {
     pub sources: Vec<ProgramSource>,
+    /// Replica 0's ranks; the others hold the same.
     pub ranks: Vec<RankProgram>,
     pub units: Vec<Unit>,
+    /// Number of trainer ranks.
+    pub trainers: u32,
 }
 
 impl Program {

@@ -21,6 +21,13 @@ impl Window {
         self.len.contains(&0)
     }
 
+    /// True if all of another window lies in this one.
+    pub fn contains(&self, other: &Window) -> bool {
+        (0..self.lo.len()).all(|d| {
+            self.lo[d] <= other.lo[d] && other.lo[d] + other.len[d] <= self.lo[d] + self.len[d]
+        })
+    }
+
     /// The common part, if there is one.
     pub fn intersect(&self, other: &Window) -> Option<Window> {
         let mut out = self.clone();

@@ -319,7 +319,7 @@ impl Tiles {
         }
     }
 
-    fn crop(&self, off: &[u64], len: &[u64]) -> Tiles {
+    pub(crate) fn crop(&self, off: &[u64], len: &[u64]) -> Tiles {
         let block = self.block();
         let m = off.len() - 2;
         let first = [self.phase[0] + off[m], self.phase[1] + off[m + 1]];

@@ -211,19 +211,11 @@ impl Resolver<'_> {
             None => slot % count,
         };
         let mut out = Vec::new();
-        let mut i = 0;
-        while i < window.len[0] {
-            let expert = logical(first + window.lo[0] + i);
-            let mut run = 1;
-            while i + run < window.len[0]
-                && logical(first + window.lo[0] + i + run) == expert + run
-            {
-                run += 1;
-            }
+        // One expert at a time: ranks that hold the same expert then hold the same pieces.
+        for i in 0..window.len[0] {
             let mut w = window.clone();
-            (w.lo[0], w.len[0]) = (expert, run);
+            (w.lo[0], w.len[0]) = (logical(first + window.lo[0] + i), 1);
             out.extend(placed(self.walk(input, &w, walk)?, 0, i));
-            i += run;
         }
         Ok(out)
     }

@@ -48,6 +48,17 @@ impl fmt::Display for RankId {
     }
 }
 
+/// Layers of a pipeline stage: L / pp each; the remainder goes one each to the stages from the
+/// second-last backwards (vLLM's get_pp_indices: 61 over 2 gives 31 and 30).
+pub fn stage_layers(layers: u64, pp: u64, stage: u64) -> std::ops::Range<u64> {
+    let (base, rest) = (layers / pp, layers % pp);
+    // The last stage holds norm and head and gets no extra layer; nor does the first before all
+    // between have theirs.
+    let extra = |stage: u64| u64::from(stage + 1 < pp && stage + 1 + rest >= pp);
+    let start = (0..stage).map(|s| base + extra(s)).sum();
+    start..start + base + extra(stage)
+}
+
 /// The inference mesh. Every size is at least 1 and the world fits 64 bits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct InferMesh {

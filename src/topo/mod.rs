@@ -3,8 +3,12 @@
 
 mod cluster;
 mod infer;
+mod layout;
+mod placement;
 mod train;
 
 pub use cluster::{Cluster, Peer};
-pub use infer::{Axis, Coords, InferMesh, RankId};
-pub use train::TrainMesh;
+pub use infer::{Axis, Coords, InferMesh, RankId, stage_layers};
+pub use layout::{Cut, Held, Layout};
+pub use placement::Placement;
+pub use train::{ExpertRole, SourceRole, TrainMesh};

@@ -1,4 +1,4 @@
-//! The trainer side's mesh: dp_replicate × fsdp × tp × pp, with ep inside fsdp.
+//! The trainer side's mesh: pp × dp_replicate × fsdp × tp, with ep inside fsdp, and its rules.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::diag::Diagnostic;
 
-/// The trainer mesh. One rank that holds all by default.
+use super::layout::chunk_of;
+use super::{Cut, Layout, Placement, stage_layers};
+
+/// The trainer mesh. One rank that holds all by default. Ranks are numbered as torchtitan does:
+/// pp outermost, then dp_replicate, fsdp and tp; an fsdp index is (index among the fsdp/ep ranks)
+/// × ep + (ep rank).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TrainMesh {
     pub dp_replicate: u64,
@@ -15,14 +20,47 @@ pub struct TrainMesh {
     pub tp: u64,
     pub ep: u64,
     pub pp: u64,
+    /// What the fsdp/ep ranks of an expert block cut: 1 the first dimension of each expert, 0 the
+    /// block's experts.
+    #[serde(default = "one")]
+    pub expert_fsdp_dim: u64,
 }
 
-const AXES: [&str; 5] = ["dp_replicate", "fsdp", "tp", "ep", "pp"];
+const fn one() -> u64 {
+    1
+}
+
+/// Which expert a source tensor is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ExpertRole {
+    /// It belongs to no expert.
+    #[default]
+    None,
+    /// One expert of several.
+    One { index: u64, of: u64 },
+    /// All of them, along dimension 0.
+    Dim0,
+}
+
+/// What the default rules need to know of a source tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct SourceRole {
+    pub expert: ExpertRole,
+    /// The dimension that tensor parallelism cuts.
+    pub tp_dim: Option<usize>,
+    /// The trainer's pipeline stage.
+    pub stage: u64,
+    /// True for block scales: held whole by every rank that may hold some of the codes.
+    pub scales: bool,
+}
+
+const AXES: [&str; 6] = ["dp_replicate", "fsdp", "tp", "ep", "pp", "expert_fsdp_dim"];
+const MAX_WORLD: u64 = 1 << 20;
 
 impl TrainMesh {
     /// One rank that holds every source tensor whole.
     pub fn single() -> Self {
-        TrainMesh { dp_replicate: 1, fsdp: 1, tp: 1, ep: 1, pp: 1 }
+        TrainMesh { dp_replicate: 1, fsdp: 1, tp: 1, ep: 1, pp: 1, expert_fsdp_dim: 1 }
     }
 
     /// Parses `fsdp=8,ep=4,...`.
@@ -38,8 +76,12 @@ impl TrainMesh {
             tp: get("tp"),
             ep: get("ep"),
             pp: get("pp"),
+            expert_fsdp_dim: get("expert_fsdp_dim"),
         };
-        if axes.values().any(|s| *s == 0) {
+        if mesh.expert_fsdp_dim > 1 {
+            return Err(Diagnostic::error("E0307", "expert_fsdp_dim is 0 or 1"));
+        }
+        if axes.iter().any(|(name, size)| *size == 0 && name != "expert_fsdp_dim") {
             return Err(Diagnostic::error("E0307", "a trainer axis has size 0"));
         }
         if !mesh.fsdp.is_multiple_of(mesh.ep) {
@@ -48,12 +90,73 @@ impl TrainMesh {
                 format!("trainer ep={} does not divide fsdp={}", mesh.ep, mesh.fsdp),
             ));
         }
+        let sizes = [mesh.dp_replicate, mesh.fsdp, mesh.tp, mesh.pp];
+        let world = sizes.iter().try_fold(1u64, |a, b| a.checked_mul(*b));
+        if world.is_none_or(|w| w > MAX_WORLD) {
+            let text = format!("the trainer mesh has more than {MAX_WORLD} ranks");
+            return Err(Diagnostic::error("E0307", text));
+        }
         Ok(mesh)
     }
 
     /// Number of trainer ranks.
     pub fn world(&self) -> u64 {
         self.dp_replicate * self.fsdp * self.tp * self.pp
+    }
+
+    /// Where a source tensor is by the default rules: a dense one cut on dimension 0 over all of
+    /// fsdp; experts in blocks over ep, each cut further by the fsdp/ep ranks that share it; and
+    /// over tp on the dimension that the role names.
+    pub fn layout(&self, shape: &[u64], role: &SourceRole) -> Layout {
+        let (tp, fsdp, ep) = (self.tp, self.fsdp, self.ep);
+        let (stage_ranks, outer) = (self.world() / self.pp, fsdp / ep);
+        let fsdp_of = move |rank: u32| u64::from(rank) / tp % fsdp;
+        let mut cuts = Vec::new();
+        let mut add = |size: u64, index: Box<dyn Fn(u32) -> u64>, placement| {
+            cuts.push(Cut { size, index, placement });
+        };
+        let tp_dim = role.tp_dim.filter(|d| *d < shape.len() && tp > 1);
+        let over = |dim: usize| match tp_dim == Some(dim) {
+            true => Placement::StridedShard { dim: dim as u64, split: tp },
+            false => Placement::Shard(dim as u64),
+        };
+        let among = Box::new(move |rank| fsdp_of(rank) / ep);
+        let within = Box::new(move |rank| fsdp_of(rank) % ep);
+        match role.expert {
+            _ if role.scales || shape.is_empty() => {}
+            ExpertRole::None => add(fsdp, Box::new(fsdp_of), over(0)),
+            ExpertRole::One { .. } if self.expert_fsdp_dim == 1 => add(outer, among, over(0)),
+            ExpertRole::One { .. } => {}
+            ExpertRole::Dim0 => {
+                add(ep, within, Placement::Shard(0));
+                let dim = (self.expert_fsdp_dim as usize).min(shape.len() - 1);
+                add(outer, among, if dim == 0 { Placement::Shard(0) } else { over(dim) });
+            }
+        }
+        if let Some(dim) = tp_dim.filter(|_| !role.scales) {
+            let index = Box::new(move |rank| u64::from(rank) % tp);
+            cuts.push(Cut { size: tp, index, placement: Placement::Shard(dim as u64) });
+        }
+        let first = (role.stage.min(self.pp - 1) * stage_ranks) as u32;
+        let stage = first..first + stage_ranks as u32;
+        Layout::of(shape, &cuts, stage.filter(|rank| self.holds(role.expert, fsdp_of(*rank))))
+    }
+
+    /// True if a rank with this index on fsdp holds some of an expert.
+    fn holds(&self, expert: ExpertRole, fsdp: u64) -> bool {
+        let ExpertRole::One { index, of } = expert else { return true };
+        let block = chunk_of(of, self.ep, index);
+        let first = block * of.div_ceil(self.ep);
+        let members = of.div_ceil(self.ep).min(of - first);
+        let outer = self.fsdp / self.ep;
+        let own = chunk_of(members, outer, index - first);
+        fsdp % self.ep == block && (self.expert_fsdp_dim == 1 || fsdp / self.ep == own)
+    }
+
+    /// Pipeline stage of a layer, by the rule of [`stage_layers`].
+    pub fn stage_of(&self, layer: u64, layers: u64) -> u64 {
+        let holds = |stage: &u64| stage_layers(layers, self.pp, *stage).contains(&layer);
+        (0..self.pp).find(holds).unwrap_or(self.pp - 1)
     }
 }
 
@@ -69,7 +172,8 @@ impl fmt::Display for TrainMesh {
         let text: Vec<String> =
             axes.iter().filter(|a| a.1 > 1).map(|(n, s)| format!("{n}={s}")).collect();
         f.write_str(if text.is_empty() { "one rank" } else { "" })?;
-        f.write_str(&text.join(","))
+        f.write_str(&text.join(","))?;
+        f.write_str(if self.expert_fsdp_dim == 0 { ",expert_fsdp_dim=0" } else { "" })
     }
 }
 

@@ -97,6 +97,7 @@ fn recompile(
         open_model: &|_| Ok(model.input(None)),
         mesh: Some(manifest.infer.clone()),
         train: manifest.train.clone(),
+        placements: None,
         options: recorded.options.clone(),
         target: recorded.target.clone(),
         experts: recorded.expert_map.clone(),

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use kernelcast::dtype::DType;
-use kernelcast::io::{ExpertMapFile, Placement, ReceiverManifest, SourceManifest, read_config};
+use kernelcast::io::{ExpertMapFile, ReceiverManifest, SourceManifest, read_config};
+use kernelcast::topo::Placement;
 use tempfile::tempdir;
 
 use super::one;

@@ -17,6 +17,7 @@ fn check(body: &str, sources: &[(&str, DType, &[u64])], expected: &[&str]) {
         block: 32,
         sources: sources.collect(),
         experts: Default::default(),
+        train: Default::default(),
     };
     let world = World::random(&case.sources, 1, Values::Finite);
     let problems = compile_case(&case, &world).err().unwrap_or_default();

@@ -7,7 +7,7 @@ use kernelcast::fp8::codec;
 use kernelcast::fp8::rcp::rcp_full;
 use kernelcast::fp8::{Recipe, RecipeKind};
 use kernelcast::lower::{Part, Target, TargetKind};
-use kernelcast::shard::{Expr, Piece, Storage, Tiles, TilesFrom, View};
+use kernelcast::shard::{Expr, Piece, Storage, Tiles, TilesFrom, View, Window};
 
 use crate::world::World;
 
@@ -21,8 +21,14 @@ fn of_rank(compiled: &Compiled, world: &World, rank: usize) -> Vec<Option<Stored
     let mut memory = Memory { compiled, world, landed: vec![None; targets.len()] };
     for (i, target) in targets.iter().enumerate() {
         if target.kind == TargetKind::Parameter {
-            let unit = &compiled.program.units[target.unit.expect("a parameter has a unit")];
-            memory.landed[i] = Some(memory.target(target, &unit.pieces));
+            let pieces: Vec<Piece> = (target.places.iter())
+                .map(|place| {
+                    let unit = &compiled.program.units[place.unit as usize];
+                    let at = Window { lo: place.lo.clone(), len: unit.shape.clone() };
+                    Piece { at, expr: unit.expr.clone() }
+                })
+                .collect();
+            memory.landed[i] = Some(memory.target(target, &pieces));
         }
     }
     for (i, target) in targets.iter().enumerate() {
@@ -80,7 +86,8 @@ impl Memory<'_> {
 
     /// Tile size of a target's scales.
     fn block(&self, target: &Target, pieces: &[Piece]) -> u64 {
-        let unit = target.unit.and_then(|u| self.compiled.program.units[u].quant);
+        let first = target.places.first();
+        let unit = first.and_then(|p| self.compiled.program.units[p.unit as usize].quant);
         let refined = pieces.iter().find_map(|p| match &p.expr {
             Expr::Tiles(tiles) => Some(tiles.refined),
             _ => None,

@@ -9,6 +9,7 @@ use kernelcast::compile::{CompileInputs, Compiled, ModelInput, compile};
 use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
 use kernelcast::error::{Error, Result};
+use kernelcast::io::SourceManifest;
 use kernelcast::script::{Catalog, CatalogEntry, Limits, NoModules};
 use kernelcast::topo::{InferMesh, TrainMesh};
 
@@ -121,10 +122,41 @@ impl Catalog for World {
     }
 }
 
-/// Compiles a case over the tensors of a world.
+/// Compiles a case over the tensors of a world, for one trainer rank.
 pub fn compile_case(
     case: &Case,
     world: &World,
+) -> std::result::Result<Compiled, Vec<Diagnostic>> {
+    compile_placed(case, world, None)
+}
+
+/// Compiles a case for its own trainer mesh.
+pub fn compile_sharded(
+    case: &Case,
+    world: &World,
+) -> std::result::Result<Compiled, Vec<Diagnostic>> {
+    let tensors = case.sources.iter().zip(&case.train.placements).map(|(s, placements)| {
+        kernelcast::io::SourceTensor {
+            name: s.name.clone(),
+            dtype: s.dtype,
+            shape: s.shape.clone(),
+            placements: placements.clone(),
+            on: BTreeMap::new(),
+        }
+    });
+    let mesh = case.train.mesh.iter().enumerate();
+    let manifest = SourceManifest {
+        schema: 1,
+        mesh: mesh.map(|(i, n)| (format!("axis{i}"), *n)).collect(),
+        tensors: tensors.collect(),
+    };
+    compile_placed(case, world, Some(&manifest))
+}
+
+fn compile_placed(
+    case: &Case,
+    world: &World,
+    placements: Option<&SourceManifest>,
 ) -> std::result::Result<Compiled, Vec<Diagnostic>> {
     let config = serde_json::json!({
         "quantization_config": {"weight_block_size": [case.block, case.block]}
@@ -138,6 +170,7 @@ pub fn compile_case(
         open_model: &|_| Err(Error::refused(Vec::new())),
         mesh: Some(InferMesh::parse(&case.infer).expect("a case has a valid mesh")),
         train: TrainMesh::single(),
+        placements,
         options: BTreeMap::new(),
         target: BTreeMap::new(),
         experts: case.experts.clone(),

@@ -89,6 +89,7 @@ impl Setup {
             open_model: &no_model,
             mesh,
             train: TrainMesh::single(),
+            placements: None,
             options: self.options.clone(),
             target: self.target.clone(),
             experts: self.experts.clone(),

@@ -11,14 +11,15 @@ use crate::fp8::tile::quantize_matrix;
 use crate::fp8::{ScaleFormat, Values};
 use crate::graph::tiles as tile_dims;
 use crate::ir::Dims;
-use crate::shard::{Expr, Made, Piece, Stored, Tiles, TilesFrom, View};
+use crate::lower::Unit;
+use crate::shard::{Expr, Made, Piece, Storage, Stored, Tiles, TilesFrom, View, Window};
 
 use super::bits::Bits;
 use super::boxes::{contiguous, gather, scatter, transpose};
 use super::finite::all_finite;
 use super::{Rows, Strided};
 
-type Fallible<T> = Result<T, Diagnostic>;
+pub(super) type Fallible<T> = Result<T, Diagnostic>;
 
 /// What the evaluation of a chunk reads, and whether all of it was finite. The constants of a
 /// plan do not count: padding with infinity is meant.
@@ -39,13 +40,44 @@ impl<'a> Inputs<'a> {
         self.finite.get()
     }
 
-    fn note(&self, finite: bool) {
+    pub(super) fn note(&self, finite: bool) {
         self.finite.set(self.finite.get() && finite);
     }
 }
 
-fn count(len: &[u64]) -> usize {
+pub(super) fn count(len: &[u64]) -> usize {
     len.iter().product::<u64>() as usize
+}
+
+/// Makes a window of a unit: values (or codes), and the scales that come with it. All that its
+/// tiles are made of is read.
+pub(super) fn window(
+    inputs: &Inputs<'_>,
+    unit: &Unit,
+    window: &Window,
+    out: &mut [u8],
+    scales: &mut [u8],
+) -> Fallible<()> {
+    let len = &window.len;
+    let part = Piece { at: Window::whole(len), expr: unit.expr.crop(&window.lo, len) };
+    match unit.quant {
+        Some(q) => quantized(inputs, &[part], len, q.scales, out, scales),
+        None => values(inputs, &[part], len, unit.dtype, out),
+    }
+}
+
+/// Makes all of a unit that reads nothing.
+pub(super) fn whole(unit: &Unit, out: &mut [u8], scales: &mut [u8]) -> Fallible<()> {
+    let inputs = Inputs::new(&Nothing);
+    window(&inputs, unit, &Window::whole(&unit.shape), out, scales)
+}
+
+struct Nothing;
+
+impl Rows for Nothing {
+    fn read(&self, _: Storage, _: Strided, _: &mut [u8]) -> Result<(), Diagnostic> {
+        Err(Diagnostic::error("E0502", "a constant reads a source"))
+    }
 }
 
 /// Makes values: the row-major bytes of a window that some pieces fill.
@@ -106,22 +138,16 @@ pub(super) fn quantized(
         }
         let at = tile_dims(&piece.at.lo, tiles.refined);
         let whole = tile_dims(len, tiles.refined);
-        match format {
-            ScaleFormat::F32 => {
-                let bytes: &[u8] = bytemuck::cast_slice(&part_scales);
-                scatter(bytes, &at, &grid, scales, &whole, 4);
-            }
-            ScaleFormat::E8m0 => {
-                let bytes: Vec<u8> = part_scales.iter().map(|s| e8m0_encode(*s)).collect();
-                scatter(&bytes, &at, &grid, scales, &whole, 1);
-            }
-        }
+        let size = format.dtype().size();
+        let mut bytes = vec![0; part_scales.len() * size as usize];
+        store_scales(&part_scales, format, &mut bytes);
+        scatter(&bytes, &at, &grid, scales, &whole, size);
     }
     Ok(())
 }
 
 /// The row-major bytes of one expression.
-fn expr(inputs: &Inputs<'_>, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> {
+pub(super) fn expr(inputs: &Inputs<'_>, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<()> {
     match e {
         Expr::Load(view) => load(inputs, view, len, out),
         Expr::Fill { dtype, bits } => {
@@ -129,18 +155,26 @@ fn expr(inputs: &Inputs<'_>, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<
             Ok(())
         }
         Expr::Codes(tiles) => {
+            if let TilesFrom::Stored(stored) = &tiles.from {
+                return load(inputs, &stored.codes, len, out);
+            }
             let mut scales = vec![0f32; count(&tile_dims(len, tiles.refined))];
             tiles_into(inputs, tiles, len, out, &mut scales)
         }
         Expr::Scales { dtype, tiles, of } => {
             let mut scales = vec![0f32; count(len)];
-            tiles_into(inputs, tiles, of, &mut vec![0; count(of)], &mut scales)?;
-            match dtype {
-                DType::E8m0 => {
-                    out.iter_mut().zip(scales).for_each(|(o, s)| *o = e8m0_encode(s));
+            match &tiles.from {
+                TilesFrom::Stored(stored) => {
+                    let (coarse, grid) = stored_scales(inputs, tiles, stored, of)?;
+                    refine(&coarse, &grid, tiles, of, &mut scales);
                 }
-                _ => out.copy_from_slice(bytemuck::cast_slice(&scales)),
+                TilesFrom::Made(_) => {
+                    tiles_into(inputs, tiles, of, &mut vec![0; count(of)], &mut scales)?;
+                }
             }
+            let e8m0 = *dtype == DType::E8m0;
+            let format = if e8m0 { ScaleFormat::E8m0 } else { ScaleFormat::F32 };
+            store_scales(&scales, format, out);
             Ok(())
         }
         _ => {
@@ -153,7 +187,7 @@ fn expr(inputs: &Inputs<'_>, e: &Expr, len: &[u64], out: &mut [u8]) -> Fallible<
 }
 
 /// The value of an expression in f32, after the rounding that its own type asks for.
-fn numbers(inputs: &Inputs<'_>, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
+pub(super) fn numbers(inputs: &Inputs<'_>, e: &Expr, len: &[u64]) -> Fallible<Vec<f32>> {
     match e {
         Expr::Load(_) | Expr::Fill { .. } => {
             let mut bits = Bits::zeros(e.dtype(), count(len));
@@ -190,12 +224,12 @@ fn reads(e: &Expr) -> bool {
 }
 
 /// The result of an f32 operation: a NaN is the one that GPUs give, whatever went in.
-fn one_nan(x: f32) -> f32 {
+pub(super) fn one_nan(x: f32) -> f32 {
     if x.is_nan() { f32::from_bits(GPU_NAN_BITS) } else { x }
 }
 
 /// Rounds to the type and back.
-fn rounded(x: Vec<f32>, dtype: DType) -> Vec<f32> {
+pub(super) fn rounded(x: Vec<f32>, dtype: DType) -> Vec<f32> {
     match dtype {
         DType::F32 => x,
         _ => Bits::from_f32(&x, dtype).to_f32(dtype),
@@ -246,13 +280,13 @@ fn tiles_into(
 }
 
 /// Scales of all tiles that a box touches, on the grid on which they are computed or stored.
-struct Coarse {
-    scales: Vec<f32>,
-    grid: Dims,
+pub(super) struct Coarse {
+    pub scales: Vec<f32>,
+    pub grid: Dims,
 }
 
 /// Codes of a box, and its coarse scales.
-fn coarse_tiles(
+pub(super) fn coarse_tiles(
     inputs: &Inputs<'_>,
     tiles: &Tiles,
     len: &[u64],
@@ -303,14 +337,30 @@ fn with_input(
         }
         _ => Bits::zeros(dtype, size),
     };
-    let outer = inputs.watched.replace(false);
-    values(inputs, &made.input, &made.extent, dtype, input.bytes_mut())?;
-    inputs.watched.set(outer);
+    unwatched(inputs, || values(inputs, &made.input, &made.extent, dtype, input.bytes_mut()))?;
     inputs.note(quantize(&input, dtype));
     if let Bits::B16(kept) = input {
         INPUT.set(kept);
     }
     Ok(())
+}
+
+/// Reads what a recipe's maximum will see.
+pub(super) fn unwatched<T>(inputs: &Inputs<'_>, read: impl FnOnce() -> T) -> T {
+    let outer = inputs.watched.replace(false);
+    let result = read();
+    inputs.watched.set(outer);
+    result
+}
+
+/// Scales in their stored form.
+pub(super) fn store_scales(scales: &[f32], format: ScaleFormat, out: &mut [u8]) {
+    match format {
+        ScaleFormat::F32 => out.copy_from_slice(bytemuck::cast_slice(scales)),
+        ScaleFormat::E8m0 => {
+            out.iter_mut().zip(scales).for_each(|(o, s)| *o = e8m0_encode(*s));
+        }
+    }
 }
 
 /// The stored scales of the tiles that a box touches, and their grid.

@@ -5,9 +5,14 @@ mod bits;
 mod boxes;
 mod eval;
 mod finite;
+mod held;
+mod partial;
+mod rank;
 mod run;
+mod trainer;
 
 pub use finite::{NonFinite, scan};
+pub use held::{Fenced, Shards};
 pub use run::{FiniteCheck, Options, Report, run};
 
 use crate::diag::Diagnostic;
@@ -49,12 +54,13 @@ pub struct Strided {
 
 /// What an inference rank's parameters are kept in: a file, or memory of the caller.
 pub trait Sink: Sync {
-    /// Puts bytes at an offset of one storage of a target (by index on the rank).
+    /// Puts consecutive rows of `bytes` at their places in one storage of a target (by index on
+    /// the rank).
     fn write(
         &self,
         target: usize,
         part: Part,
-        offset: u64,
+        rows: Strided,
         bytes: &[u8],
     ) -> Result<(), Diagnostic>;
 }

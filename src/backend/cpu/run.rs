@@ -1,22 +1,24 @@
-//! Runs a graph: one thread for the trainer rank, one for each inference rank, channels between.
+//! Runs a graph: a thread for each trainer rank and each inference rank, channels between.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
-use rayon::prelude::*;
+use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 
 use crate::diag::Diagnostic;
 use crate::error::{Error, Result};
-use crate::graph::{Bucket, Chunk, Graph, Step};
-use crate::lower::{Part, Program, ProgramSource};
+use crate::graph::Graph;
+use crate::lower::{Program, ProgramSource};
 use crate::shard::Storage;
 
 use super::finite::{NonFinite, scan};
-use super::{Rows, Sink, eval};
+use super::held::AnyHolder;
+use super::rank::{Message, inference_rank};
+use super::trainer::{Note, Wires, trainer_rank};
+use super::{Rows, Sink};
 
 /// When NaN and infinity are looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,35 +43,26 @@ pub struct Options<'a> {
 /// What an update did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Bytes that left the trainer rank, each counted once for each rank that took it.
+    /// Bytes that left trainer ranks for inference ranks.
     pub sent_bytes: u64,
-    /// Bytes that the trainer rank made.
+    /// Bytes that inference ranks passed on to others.
+    pub relayed_bytes: u64,
+    /// Bytes that trainer ranks exchanged to agree on maxima.
+    pub amax_bytes: u64,
+    /// Bytes that trainer ranks made.
     pub made_bytes: u64,
+    /// Bytes that each inference rank received.
+    pub received_bytes: Vec<u64>,
     /// What `FiniteCheck::Allow` let through.
     pub non_finite: Vec<NonFinite>,
 }
 
-/// A bucket's bytes on their way; the last rank to let go hands the memory back.
-struct Load {
-    bytes: Vec<u8>,
-    home: Sender<Vec<u8>>,
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        // The trainer may be gone already; the memory then just goes.
-        let _ = self.home.try_send(std::mem::take(&mut self.bytes));
-    }
-}
-
-type Message = (usize, Arc<Load>);
-
 /// What all threads of an update share.
-struct Shared<'a> {
-    program: &'a Program,
-    graph: &'a Graph,
-    rows: &'a dyn Rows,
-    options: &'a Options<'a>,
+pub(super) struct Shared<'a> {
+    pub program: &'a Program,
+    pub graph: &'a Graph,
+    pub options: &'a Options<'a>,
+    pub counts: Counts,
     stop: AtomicBool,
     /// The first failure; later ones are its echoes.
     failure: Mutex<Option<Failure>>,
@@ -77,13 +70,23 @@ struct Shared<'a> {
     suspects: Mutex<BTreeSet<usize>>,
 }
 
-enum Failure {
+/// Bytes so far.
+#[derive(Default)]
+pub(super) struct Counts {
+    pub sent: AtomicU64,
+    pub relayed: AtomicU64,
+    pub amax: AtomicU64,
+    pub made: AtomicU64,
+}
+
+pub(super) enum Failure {
     Refused(Diagnostic),
     Device(Diagnostic),
     NonFinite,
 }
 
-/// Runs a graph to its end or to its first failure.
+/// Runs a graph to its end or to its first failure. `rows` gives each trainer rank what it holds,
+/// in the coordinates of the whole tensors; `sinks` are the inference ranks of all replicas.
 ///
 /// # Errors
 /// Non-finite values (E0602, every tensor that has some), a failed read or write, a rank that
@@ -91,37 +94,59 @@ enum Failure {
 pub fn run(
     program: &Program,
     graph: &Graph,
-    rows: &dyn Rows,
+    rows: &[&dyn Rows],
     sinks: &[&dyn Sink],
     options: &Options<'_>,
 ) -> Result<Report> {
+    if rows.len() != graph.trainers as usize || sinks.len() != graph.ranks as usize {
+        return Err(Diagnostic::error("E0502", "a graph for other numbers of ranks").into());
+    }
+    let whole = AnyHolder { program, rows };
     if options.finite == FiniteCheck::Before {
-        refuse(scan(rows, &all_sources(program))?)?;
+        refuse(scan(&whole, &all_sources(program))?)?;
     }
     let shared = Shared {
         program,
         graph,
-        rows,
         options,
+        counts: Counts::default(),
         stop: AtomicBool::new(false),
         failure: Mutex::new(None),
         suspects: Mutex::new(BTreeSet::new()),
     };
-    let mut report = Report::default();
+    let (wires, inboxes): (Vec<_>, Vec<_>) =
+        sinks.iter().map(|_| unbounded::<Message>()).unzip();
+    let (notes, mailboxes): (Vec<_>, Vec<_>) = rows.iter().map(|_| unbounded::<Note>()).unzip();
+    let wires = Wires { ranks: wires, trainers: notes };
+    let mut received = vec![0; sinks.len()];
     std::thread::scope(|scope| {
-        let mut wires = Vec::new();
-        for (rank, sink) in sinks.iter().enumerate() {
-            let (to, from) = bounded::<Message>(2);
-            wires.push(to);
-            let shared = &shared;
+        let (shared, wires) = (&shared, &wires);
+        let ranks = sinks.iter().zip(&inboxes).zip(&mut received).enumerate();
+        for (rank, ((sink, inbox), received)) in ranks {
             scope.spawn(move || {
-                let name = format!("rank {}", shared.program.ranks[rank].rank);
-                guarded(shared, &name, || inference_rank(shared, rank, *sink, &from));
+                guarded(shared, &format!("rank {rank}"), || {
+                    *received = inference_rank(shared, rank, *sink, inbox, &wires.ranks);
+                });
             });
         }
-        guarded(&shared, "trainer 0", || report = trainer_rank(&shared, wires));
+        for (trainer, (rows, mailbox)) in rows.iter().zip(&mailboxes).enumerate() {
+            scope.spawn(move || {
+                guarded(shared, &format!("trainer {trainer}"), || {
+                    trainer_rank(shared, trainer as u32, *rows, mailbox, wires);
+                });
+            });
+        }
     });
-    finish(shared, report)
+    let counts = &shared.counts;
+    let report = Report {
+        sent_bytes: counts.sent.load(Ordering::Relaxed),
+        relayed_bytes: counts.relayed.load(Ordering::Relaxed),
+        amax_bytes: counts.amax.load(Ordering::Relaxed),
+        made_bytes: counts.made.load(Ordering::Relaxed),
+        received_bytes: received,
+        non_finite: Vec::new(),
+    };
+    finish(shared, &whole, report)
 }
 
 /// A panic is a bug, of the engine or of a reader or sink that it was given: the update fails.
@@ -133,14 +158,14 @@ fn guarded(shared: &Shared<'_>, who: &str, work: impl FnOnce()) {
     shared.fail(Failure::Device(d));
 }
 
-fn finish(shared: Shared<'_>, mut report: Report) -> Result<Report> {
+fn finish(shared: Shared<'_>, rows: &dyn Rows, mut report: Report) -> Result<Report> {
     let failure = shared.failure.into_inner().unwrap_or_else(|e| e.into_inner());
     let suspects = shared.suspects.into_inner().unwrap_or_else(|e| e.into_inner());
     match failure {
         Some(Failure::Refused(d)) => return Err(d.into()),
         Some(Failure::Device(d)) => return Err(Error::device(d)),
         Some(Failure::NonFinite) => {
-            refuse(scan(shared.rows, &all_sources(shared.program))?)?;
+            refuse(scan(rows, &all_sources(shared.program))?)?;
             let name = suspects.first().map_or("", |u| shared.program.units[*u].name.as_str());
             return Err(Diagnostic::error(
                 "E0602",
@@ -154,7 +179,7 @@ fn finish(shared: Shared<'_>, mut report: Report) -> Result<Report> {
     }
     if !suspects.is_empty() {
         let sources = sources_of(shared.program, &suspects);
-        report.non_finite = scan(shared.rows, &sources)?;
+        report.non_finite = scan(rows, &sources)?;
     }
     Ok(report)
 }
@@ -169,13 +194,11 @@ fn sources_of<'a>(
 ) -> Vec<(u32, &'a ProgramSource)> {
     let mut ids = BTreeSet::new();
     for unit in units {
-        for piece in &program.units[*unit].pieces {
-            piece.expr.views(&mut |view| {
-                if let Storage::Source(id) = view.storage {
-                    ids.insert(id);
-                }
-            });
-        }
+        program.units[*unit].expr.views(&mut |view| {
+            if let Storage::Source(id) = view.storage {
+                ids.insert(id);
+            }
+        });
     }
     ids.into_iter().map(|i| (i, &program.sources[i as usize])).collect()
 }
@@ -193,17 +216,17 @@ fn refuse(found: Vec<NonFinite>) -> Result<()> {
 }
 
 impl Shared<'_> {
-    fn fail(&self, failure: Failure) {
+    pub(super) fn fail(&self, failure: Failure) {
         let mut slot = self.failure.lock().unwrap_or_else(|e| e.into_inner());
         slot.get_or_insert(failure);
         self.stop.store(true, Ordering::Release);
     }
 
-    fn stopped(&self) -> bool {
+    pub(super) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
 
-    fn late(&self, who: &str, step: &str) -> Failure {
+    pub(super) fn late(&self, who: &str, step: &str) -> Failure {
         Failure::Device(
             Diagnostic::error(
                 "E0604",
@@ -212,90 +235,26 @@ impl Shared<'_> {
             .hint("--timeout sets the limit of every wait"),
         )
     }
-}
 
-fn trainer_rank(shared: &Shared<'_>, wires: Vec<Sender<Message>>) -> Report {
-    let largest = shared.graph.buckets.iter().map(|b| b.bytes).max().unwrap_or(0) as usize;
-    let slots = (shared.graph.staging_bytes / largest.max(1) as u64).max(1) as usize;
-    let (home, free) = bounded::<Vec<u8>>(slots);
-    for _ in 0..slots {
-        let _ = home.try_send(Vec::new());
-    }
-    let mut report = Report::default();
-    let mut load: Option<Arc<Load>> = None;
-    for step in &shared.graph.trainer {
-        if shared.stopped() {
-            break;
+    /// Remembers units in which something was not finite.
+    ///
+    /// # Errors
+    /// The update's failure, unless such values are let through.
+    pub(super) fn suspect(
+        &self,
+        units: impl Iterator<Item = usize>,
+    ) -> std::result::Result<(), Failure> {
+        let mut suspects = self.suspects.lock().unwrap_or_else(|e| e.into_inner());
+        suspects.extend(units);
+        if suspects.is_empty() || self.options.finite == FiniteCheck::Allow {
+            return Ok(());
         }
-        let done = match *step {
-            Step::Launch { bucket } => {
-                drop(load.take());
-                launch(shared, bucket, &free, &home).map(|l| {
-                    report.made_bytes += shared.graph.buckets[bucket].bytes;
-                    (shared.options.progress)(shared.graph.buckets[bucket].bytes);
-                    load = Some(l);
-                })
-            }
-            Step::Send { bucket, to } => match &load {
-                Some(l) => send(shared, &wires[to], bucket, to, Arc::clone(l)).map(|()| {
-                    report.sent_bytes += bytes_for(shared, bucket, to);
-                }),
-                None => Ok(()),
-            },
-            _ => Ok(()),
-        };
-        if let Err(failure) = done {
-            shared.fail(failure);
-            break;
-        }
+        Err(Failure::NonFinite)
     }
-    report
-}
-
-/// Bytes of a bucket's chunks that a rank takes.
-fn bytes_for(shared: &Shared<'_>, bucket: usize, rank: usize) -> u64 {
-    let units = &shared.program.units;
-    shared.graph.buckets[bucket]
-        .chunks
-        .iter()
-        .map(|c| {
-            c.bytes() * units[c.unit].receivers.iter().filter(|r| r.0 == rank).count() as u64
-        })
-        .sum()
-}
-
-/// Makes a bucket's chunks, in parallel, in staging memory that no rank still reads.
-fn launch(
-    shared: &Shared<'_>,
-    index: usize,
-    free: &Receiver<Vec<u8>>,
-    home: &Sender<Vec<u8>>,
-) -> std::result::Result<Arc<Load>, Failure> {
-    let bucket = &shared.graph.buckets[index];
-    let mut bytes = match wait(shared, free) {
-        Ok(bytes) => bytes,
-        Err(RecvTimeoutError::Timeout) => {
-            return Err(shared.late("an inference rank", &format!("let go of bucket {index}")));
-        }
-        Err(RecvTimeoutError::Disconnected) => return Err(shared.late("a rank", "answer")),
-    };
-    bytes.resize(bucket.bytes as usize, 0);
-    let mut jobs: Vec<(&Chunk, &mut [u8])> = Vec::with_capacity(bucket.chunks.len());
-    let mut rest = bytes.as_mut_slice();
-    for chunk in &bucket.chunks {
-        let (mine, others) = rest.split_at_mut(chunk.bytes() as usize);
-        jobs.push((chunk, mine));
-        rest = others;
-    }
-    let made: std::result::Result<Vec<bool>, Diagnostic> =
-        jobs.into_par_iter().map(|(chunk, out)| make(shared, chunk, out)).collect();
-    let finite = made.map_err(Failure::Refused)?;
-    note_suspects(shared, bucket, &finite)?;
-    Ok(Arc::new(Load { bytes, home: home.clone() }))
 }
 
 /// Waits in short turns, so that a failure elsewhere ends the wait.
-fn wait<T>(
+pub(super) fn wait<T>(
     shared: &Shared<'_>,
     from: &Receiver<T>,
 ) -> std::result::Result<T, RecvTimeoutError> {
@@ -309,125 +268,4 @@ fn wait<T>(
             other => return other,
         }
     }
-}
-
-fn note_suspects(
-    shared: &Shared<'_>,
-    bucket: &Bucket,
-    finite: &[bool],
-) -> std::result::Result<(), Failure> {
-    let bad = bucket.chunks.iter().zip(finite).filter(|(_, fine)| !**fine).map(|(c, _)| c.unit);
-    let mut suspects = shared.suspects.lock().unwrap_or_else(|e| e.into_inner());
-    suspects.extend(bad);
-    if suspects.is_empty() || shared.options.finite == FiniteCheck::Allow {
-        return Ok(());
-    }
-    Err(Failure::NonFinite)
-}
-
-/// Makes one chunk: values (or codes), then scales. False if something read is not finite.
-fn make(
-    shared: &Shared<'_>,
-    chunk: &Chunk,
-    out: &mut [u8],
-) -> std::result::Result<bool, Diagnostic> {
-    let unit = &shared.program.units[chunk.unit];
-    let pieces = crate::shard::crop_pieces(&unit.pieces, &chunk.window);
-    let len = &chunk.window.len;
-    let inputs = eval::Inputs::new(shared.rows);
-    let (values, scales) = out.split_at_mut(chunk.value_bytes as usize);
-    match unit.quant {
-        Some(q) => eval::quantized(&inputs, &pieces, len, q.scales, values, scales)?,
-        None => eval::values(&inputs, &pieces, len, unit.dtype, values)?,
-    }
-    Ok(inputs.all_finite())
-}
-
-fn send(
-    shared: &Shared<'_>,
-    wire: &Sender<Message>,
-    bucket: usize,
-    to: usize,
-    load: Arc<Load>,
-) -> std::result::Result<(), Failure> {
-    let rank = shared.program.ranks[to].rank;
-    let deadline = Instant::now() + shared.options.timeout;
-    let mut message = (bucket, load);
-    loop {
-        match wire.send_timeout(message, Duration::from_millis(50)) {
-            Ok(()) => return Ok(()),
-            Err(SendTimeoutError::Timeout(back)) => {
-                if shared.stopped() || Instant::now() > deadline {
-                    return Err(
-                        shared.late(&format!("rank {rank}"), &format!("take bucket {bucket}"))
-                    );
-                }
-                message = back;
-            }
-            Err(SendTimeoutError::Disconnected(_)) => {
-                return Err(
-                    shared.late(&format!("rank {rank}"), &format!("take bucket {bucket}"))
-                );
-            }
-        }
-    }
-}
-
-fn inference_rank(shared: &Shared<'_>, rank: usize, sink: &dyn Sink, from: &Receiver<Message>) {
-    let mut load: Option<Arc<Load>> = None;
-    for step in &shared.graph.ranks[rank] {
-        let done = match *step {
-            Step::Recv { bucket } => match wait(shared, from) {
-                Ok((got, l)) if got == bucket => {
-                    load = Some(l);
-                    Ok(())
-                }
-                Ok((got, _)) => Err(Failure::Device(Diagnostic::error(
-                    "E0502",
-                    format!("bucket {got} came where {bucket} was due"),
-                ))),
-                // The trainer has failed and said why, or it is late.
-                Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {
-                    Err(shared.late("trainer 0", &format!("send bucket {bucket}")))
-                }
-            },
-            Step::Store { bucket } => match load.take() {
-                Some(l) => {
-                    store(shared, rank, bucket, sink, &l.bytes).map_err(Failure::Refused)
-                }
-                None => Ok(()),
-            },
-            // Memory targets are derived by the caller once all has landed; files store none.
-            Step::Derive { .. } | Step::Launch { .. } | Step::Send { .. } => Ok(()),
-        };
-        if let Err(failure) = done {
-            return shared.fail(failure);
-        }
-    }
-}
-
-/// Writes a bucket's chunks into the parameters of this rank that hold them.
-fn store(
-    shared: &Shared<'_>,
-    rank: usize,
-    bucket: usize,
-    sink: &dyn Sink,
-    bytes: &[u8],
-) -> std::result::Result<(), Diagnostic> {
-    let mut start = 0;
-    for chunk in &shared.graph.buckets[bucket].chunks {
-        let (values, end) =
-            (start + chunk.value_bytes as usize, start + chunk.bytes() as usize);
-        for (_, target) in
-            shared.program.units[chunk.unit].receivers.iter().filter(|r| r.0 == rank)
-        {
-            sink.write(*target, Part::Values, chunk.value_at, &bytes[start..values])?;
-            if values < end {
-                sink.write(*target, Part::Scales, chunk.scale_at, &bytes[values..end])?;
-            }
-        }
-        start = end;
-    }
-    Ok(())
 }

@@ -141,11 +141,11 @@ pub(super) fn sections(compiled: &Compiled, class: &[&RankProgram]) -> Vec<Secti
         let units = &compiled.program.units;
         let Some((prefix, number, rest)) = split_layer(&target.name) else {
             let outside = Layer { prefix: "", number: None };
-            let others = others.iter().map(|r| &r.targets[index]);
+            let others = others.iter().map(|r| &*r.targets[index]);
             whole.rows.extend(row(plan, units, &target.name, target, others, outside));
             continue;
         };
-        let others = others.iter().map(|r| &r.targets[index]);
+        let others = others.iter().map(|r| &*r.targets[index]);
         let layer = Layer { prefix, number: Some(number) };
         let row = row(plan, units, rest, target, others, layer);
         let at = *places.entry((prefix, number)).or_insert_with(|| {
@@ -196,7 +196,7 @@ fn row<'a>(
 ) -> Option<Row> {
     let values = target.storages.iter().find(|s| s.part == Part::Values)?;
     let scales = target.storages.iter().find(|s| s.part == Part::Scales);
-    let unit = target.unit.and_then(|u| units.get(u));
+    let unit = target.places.first().and_then(|p| units.get(p.unit as usize));
     let block = unit.and_then(|u| u.quant).map_or(0, |q| q.block);
     let (text, numbers) = template(name);
     let kind = match target.kind {
@@ -229,7 +229,7 @@ fn row<'a>(
         strides: (values.strides != row_major(&values.shape)).then(|| values.strides.clone()),
         scale: scales.map(|s| Scale { dtype: s.dtype, shape: s.shape.clone(), block }),
         origin: Origin {
-            from: unit.and_then(|u| first_dtype(&u.pieces)),
+            from: first_dtype(target, units),
             recipe: target.recipe,
             same_name: matches!(&target.sources[..], [one] if *one == target.name),
         },
@@ -256,10 +256,12 @@ fn landed<'a>(plan: &'a Plan, pieces: &[Piece]) -> Vec<&'a str> {
         .collect()
 }
 
-fn first_dtype(pieces: &[Piece]) -> Option<DType> {
-    pieces.iter().find_map(|piece| {
+/// Type of the first source that a target's units read.
+fn first_dtype(target: &Target, units: &[Unit]) -> Option<DType> {
+    let exprs = target.places.iter().filter_map(|p| Some(&units.get(p.unit as usize)?.expr));
+    exprs.into_iter().find_map(|expr| {
         let mut found = None;
-        piece.expr.views(&mut |view| found = found.or(Some(view.dtype)));
+        expr.views(&mut |view| found = found.or(Some(view.dtype)));
         found
     })
 }

@@ -75,10 +75,22 @@ plan.",
 --infer or --train names an axis that does not exist, gives a size that is not possible,
 or --rank asks for a rank beyond the last. Inference axes: tp, dp, ep, pp,
 redundant_experts, eplb, replicas; ep is 1 or dp * tp. Training axes: dp_replicate,
-fsdp, tp, ep, pp; ep divides fsdp. An axis left out is 1, a count left out is 0.
+fsdp, tp, ep, pp, and the switch expert_fsdp_dim (0 or 1); ep divides fsdp. An axis left
+out is 1, a count left out is 0.
     --infer tp=8,dp=2,ep=8
     --infer tp=8,dp=2,ep=16
 As a warning: pp is above 1, but the plan asks neither stage(i) nor first_stage or
 last_stage, so every stage would hold the whole model.",
+    },
+    Code {
+        code: "E0308",
+        title: "what must be worked on together lies on several trainer ranks",
+        text: "\
+Trainer ranks never exchange rows, only the maxima of tiles. So the operands of a sum,
+and FP8 codes with their block scales, must have one placement; and a tile whose rows lie
+on several ranks may be quantized once, or twice on one grid, as in
+    x.quantize(fp8::vllm).dequantize(f32).quantize(fp8::ue8m0)
+Place the operands alike on the trainer, or so that whole tiles lie on a rank. For FP8
+sources: rows per rank must be a multiple of the block.",
     },
 ];

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use rhai::{Array, Dynamic, Engine, Map, NativeCallContext};
 
-use crate::topo::InferMesh;
+use crate::topo::{InferMesh, stage_layers};
 
 use super::super::limits::Stop;
 use super::super::state::State;
@@ -56,8 +56,6 @@ fn restart_if(
     trapped(Err(Stop::Trap), ctx)
 }
 
-/// Layers split L / pp each; the remainder goes one each to the stages from the second-last
-/// backwards (vLLM's get_pp_indices: 61 over 2 gives 31 and 30).
 fn stage(s: &Shared, ctx: &NativeCallContext, layer: i64) -> Fallible<bool> {
     let (pp, this, model) = {
         let state = s.borrow();
@@ -79,19 +77,7 @@ fn stage(s: &Shared, ctx: &NativeCallContext, layer: i64) -> Fallible<bool> {
     if layers < pp {
         return refuse(s, ctx, "E0301", format!("{layers} layers over pp = {pp} stages"));
     }
-    let (base, rest) = (layers / pp, layers % pp);
-    let mut end = 0;
-    for stage in 0..pp {
-        // The last stage holds norm and head and gets no extra layer; nor does the first before
-        // all between have theirs.
-        let extra = stage + 1 < pp && stage + 1 + rest >= pp;
-        let start = end;
-        end += base + u64::from(extra);
-        if stage == this {
-            return Ok((start..end).contains(&layer));
-        }
-    }
-    Ok(false)
+    Ok(stage_layers(layers, pp, this).contains(&layer))
 }
 
 fn option(engine: &mut Engine, state: &Shared) {
