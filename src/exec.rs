@@ -15,7 +15,8 @@ use crate::graph::{Bounds, Graph, build, check};
 use crate::io::{Checkpoint, OutputDir, RankFile, TensorEntry};
 use crate::lower::{Part, Program, RankProgram, TargetKind};
 use crate::shard::Storage;
-use crate::topo::{Coords, InferMesh, TrainMesh};
+use crate::simulate::Traffic;
+use crate::topo::{Cluster, Coords, InferMesh, TrainMesh};
 
 /// Version of the output's manifest.json.
 pub const MANIFEST_SCHEMA: u32 = 1;
@@ -56,6 +57,14 @@ pub fn graph_of(compiled: &Compiled, staging: u64) -> Result<Graph> {
     let graph = build(&compiled.program, Bounds::with_staging(staging));
     check(&compiled.program, &graph)?;
     Ok(graph)
+}
+
+/// What a simulation sees of a compiled plan's schedule.
+///
+/// # Errors
+/// E0502: not bound to the graph yet.
+pub fn traffic_of(_compiled: &Compiled, _cluster: &Cluster, _staging: u64) -> Result<Traffic> {
+    Err(Diagnostic::error("E0502", "the schedule has no messages to simulate yet").into())
 }
 
 /// Runs a compiled plan from a checkpoint to one safetensors file a rank.
