@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::diag::{Diagnostic, SourceMap};
 use crate::error::{Error, Result};
+use crate::graph::unmakeable;
 use crate::io::SourceManifest;
 use crate::ir::Plan;
 use crate::lower::Program;
@@ -115,6 +116,13 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     let trainers = work.trainers();
     let program =
         Program { sources: work.sources, ranks: work.ranks, units: work.units, trainers };
+    let apart = if trainers > 1 { unmakeable(&program) } else { Vec::new() };
+    if !apart.is_empty() {
+        let late =
+            apart.into_iter().map(|(unit, d)| front.late(&program.units[unit as usize], d));
+        problems.extend(front.explain(&inputs, late.collect()));
+        return Err(CompileError { error: Error::refused(problems), files });
+    }
     let digest = digest(&inputs, &front, &program);
     let mut notes: Vec<Diagnostic> =
         front.stages.iter().flat_map(|p| p.notes.iter().cloned()).collect();

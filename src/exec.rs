@@ -11,10 +11,11 @@ use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::graph::{Bounds, Fan, Graph, build, check};
+use crate::graph::{Bounds, Fan, Graph, build, check, each_value};
 use crate::io::{Checkpoint, OutputDir, RankFile, TensorEntry};
 use crate::lower::{Part, Program, RankProgram, TargetKind};
 use crate::shard::Storage;
+use crate::simulate::{Traffic, Values};
 use crate::topo::{Cluster, Coords, InferMesh, TrainMesh};
 
 /// Version of the output's manifest.json.
@@ -62,6 +63,29 @@ pub fn graph_of(
         build(program, replicas, cluster, Fan::Chain, bounds).map_err(Error::refused)?;
     check(program, &graph)?;
     Ok(graph)
+}
+
+/// What a simulation sees of a compiled plan's schedule: buckets for links of the cluster's kind.
+///
+/// # Errors
+/// As [`graph_of`].
+pub fn traffic_of(compiled: &Compiled, cluster: &Cluster, staging: u64) -> Result<Traffic> {
+    let (program, replicas) = (&compiled.program, compiled.mesh.replicas as u32);
+    let graph = graph_of(program, replicas, cluster, Bounds::for_links(staging))?;
+    let mut values = Values::default();
+    each_value(program, replicas, &mut |bytes, holders, needed_by| {
+        values.add(bytes, holders, needed_by);
+    });
+    Ok(Traffic {
+        trainers: graph.trainers,
+        ranks: graph.ranks,
+        in_flight: graph.in_flight,
+        staging_bytes: graph.staging_bytes,
+        buckets: graph.buckets.len(),
+        amax: graph.amax_bytes(),
+        values,
+        messages: Box::new(move |bucket| graph.messages(bucket)),
+    })
 }
 
 /// Runs a compiled plan from a checkpoint to one safetensors file a rank.

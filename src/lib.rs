@@ -20,6 +20,7 @@
 //! | [`shard`] | which boxes of which sources make up what a rank holds |
 //! | [`lower`] | distinct units of work and their receivers |
 //! | [`graph`] | chunks, buckets, and each rank's steps, with a verifier |
+//! | [`mod@simulate`] | a schedule against the clock of each link of a cluster |
 //! | [`io`] | safetensors in and out, JSON inputs |
 //! | [`backend`] | the CPU backend, and the reference interpreter that judges it |
 //! | [`mod@compile`], [`table`], [`mod@check`], [`load`], [`exec`], [`memory`], [`verify`] | the library's calls |
@@ -54,6 +55,7 @@ pub mod lower;
 pub mod memory;
 pub mod script;
 pub mod shard;
+pub mod simulate;
 pub mod table;
 pub mod topo;
 pub mod verify;

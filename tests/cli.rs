@@ -16,7 +16,7 @@ fn stdout(args: &[&str]) -> String {
 #[test]
 fn help_says_what_each_command_takes() {
     insta::assert_snapshot!("help", stdout(&["--help"]));
-    for command in ["dry-run", "run", "check", "verify", "explain"] {
+    for command in ["dry-run", "run", "check", "verify", "simulate", "explain"] {
         insta::assert_snapshot!(format!("help-{command}"), stdout(&[command, "--help"]));
     }
 }

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 /// Modules in the order of dependence: each may use only those before it.
-const ORDER: [&str; 18] = [
-    "diag", "error", "dtype", "fp8", "topo", "ir", "script", "shard", "lower", "graph", "io",
-    "backend", "compile", "table", "load", "check", "exec", "memory",
+const ORDER: [&str; 19] = [
+    "diag", "error", "dtype", "fp8", "topo", "ir", "script", "shard", "lower", "graph",
+    "simulate", "io", "backend", "compile", "table", "load", "check", "exec", "memory",
 ];
 
 /// Modules that stand beside the pipeline's end and may use all of it.

@@ -2,6 +2,7 @@
 //! `BLESS=1 cargo test --test ui` writes the reports anew; folders named `lib` hold modules.
 //!
 //! A plan's first lines say what it is compiled for: `//! config: {..}`, `//! infer: tp=4`,
+//! `//! train: fsdp=2`,
 //! `//! set: name=value`, `//! target: name=value`, `//! source: NAME DTYPE SHAPE`,
 //! `//! experts: {..}`. `//~ E0304` marks the line that a report must point to; `//! end: E0101`
 //! stands for the end of the file, `//! code: E0405 [FILE]` for no place, or one in the built-in
@@ -117,6 +118,7 @@ fn read(name: &str, text: &str) -> Case {
             "config" => case.setup.config = Some(serde_json::from_str(value).unwrap()),
             "no config" => case.setup.config = None,
             "infer" => case.setup.infer = Some(value.to_owned()),
+            "train" => case.setup.train = Some(value.to_owned()),
             "set" => case.setup.options.extend([pair()]),
             "target" => case.setup.target.extend([pair()]),
             "source" => case.setup.tensors.get_or_insert_with(Tensors::default).add(value),

@@ -22,6 +22,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Recompute a run's output with the reference interpreter and compare every byte
     Verify(VerifyArgs),
+    /// Predict an update's time and traffic on a cluster: no GPU, no weights
+    Simulate(SimulateArgs),
     /// Say what a diagnostic code means
     Explain {
         /// A code such as E0304
@@ -36,6 +38,7 @@ impl Command {
             Command::DryRun(a) => a.format == TableFormat::Json,
             Command::Check(a) => a.format == ReportFormat::Json,
             Command::Verify(a) => a.format == ReportFormat::Json,
+            Command::Simulate(a) => a.format == ReportFormat::Json,
             Command::Run(_) | Command::Explain { .. } => false,
         }
     }
@@ -179,6 +182,23 @@ pub struct RunArgs {
     /// Replace the output of an earlier run
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct SimulateArgs {
+    #[command(flatten)]
+    pub inputs: PlanArgs,
+    /// Hosts and links, as JSON; by default 8 GPUs and 8 NICs of 45 GB/s a host
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+    /// Cap on staging memory: bytes, or with KiB, MiB, GiB
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    pub staging: u64,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
+    /// Draw when each rank has which buckets under way
+    #[arg(long, value_name = "FILE.html")]
+    pub timeline: Option<PathBuf>,
 }
 
 fn size(text: &str) -> Result<u64, String> {

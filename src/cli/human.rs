@@ -24,6 +24,23 @@ pub(super) fn bytes(bytes: u64) -> String {
     format!("{value:.decimals$} {}", unit.unwrap_or(&"B"))
 }
 
+/// Seconds with three digits and a unit: `1.62 ms`.
+pub(super) fn seconds(seconds: f64) -> String {
+    // A value just below the next unit would be printed as 1000.
+    let (value, unit) = match seconds {
+        s if s >= 0.9995 => (s, "s"),
+        s if s >= 0.9995e-3 => (s * 1e3, "ms"),
+        s if s > 0.0 => (s * 1e6, "µs"),
+        _ => return "0 s".to_owned(),
+    };
+    let decimals = match value {
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$} {unit}")
+}
+
 /// A count with a comma at each thousand: `60,123`.
 pub(super) fn count(n: u64) -> String {
     indicatif::HumanCount(n).to_string()
@@ -47,6 +64,16 @@ mod tests {
                 "0 B", "1023 B", "1.00 KiB", "10.0 KiB", "10.0 KiB", "1023 KiB", "1.00 MiB",
                 "16.0 EiB"
             ]
+        );
+    }
+
+    #[test]
+    fn times() {
+        let shown =
+            [0.0, 4e-9, 20e-6, 0.9994e-3, 0.9996e-3, 0.7444, 0.9996, 75.25].map(seconds);
+        assert_eq!(
+            shown,
+            ["0 s", "0.00 µs", "20.0 µs", "999 µs", "1.00 ms", "744 ms", "1.00 s", "75.2 s"]
         );
     }
 

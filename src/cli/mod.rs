@@ -8,6 +8,7 @@ mod human;
 mod inputs;
 mod run;
 mod shape_table;
+mod simulate;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -58,6 +59,7 @@ pub fn main() -> ExitCode {
         Command::Run(a) => run::run(a),
         Command::Check(a) => check::run(a),
         Command::Verify(a) => verify::run(a),
+        Command::Simulate(a) => simulate::run(a),
         Command::Explain { code } => explain::run(code),
     };
     match result {

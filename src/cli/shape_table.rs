@@ -14,7 +14,8 @@ use crate::topo::{Axis, RankId};
 
 use super::human;
 use layout::{Grid, Line, LineKind, Sourced};
-use names::{braced, ranges};
+use names::braced;
+pub(super) use names::ranges;
 use rows::{Kind, Row, Section};
 
 /// Width of a table that is not for a terminal.

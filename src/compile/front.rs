@@ -5,6 +5,7 @@ use std::rc::Rc;
 use crate::diag::{Diagnostic, SourceMap};
 use crate::error::Error;
 use crate::ir::Plan;
+use crate::lower::Unit;
 use crate::script::{Declared, Outcome, Request, evaluate, explain_late};
 use crate::topo::{InferMesh, RankId};
 
@@ -96,6 +97,15 @@ impl Front {
             catalog: model.and_then(|m| m.catalog.as_deref()),
             limits: inputs.limits.clone(),
         }
+    }
+
+    /// A problem of a unit, at the parameter that it was first needed for.
+    pub(super) fn late(&self, unit: &Unit, diagnostic: Diagnostic) -> Late {
+        let stage = unit.receivers.first().map_or(0, |r| u64::from(r.rank) / self.mesh.tp);
+        let stage = (stage % self.mesh.pp) as usize;
+        let params = self.stages[stage].params.iter();
+        let event = params.filter(|p| p.name == unit.name).map(|p| p.event).next();
+        Late { stage, event, diagnostic }
     }
 
     /// Adds call chains to what was found after evaluation, stage by stage.

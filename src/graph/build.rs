@@ -9,6 +9,7 @@ use crate::lower::{Program, Unit};
 use crate::shard::{Apart, Layouts, Leaf, Share, Window};
 use crate::topo::{Cluster, RankId};
 
+use super::owners::{operands_apart, owned, receivers, tiles_are_whole};
 use super::routes::{Fan, Router};
 use super::shared::{Made, shared_tiles};
 use super::{Bucket, Flow, Graph, Part, SharedTiles};
@@ -118,7 +119,7 @@ impl<'a> Build<'a> {
         let receivers = self.receivers_of(unit);
         let leaf = unit.expr.leaf();
         if leaf.is_some_and(|l| !l.sole)
-            && let Err(problem) = self.tiles_are_whole(unit)
+            && let Err(problem) = tiles_are_whole(self.program, unit)
         {
             return self.problems.push(problem);
         }
@@ -139,11 +140,7 @@ impl<'a> Build<'a> {
         if let Some(known) = self.receivers.get(&ranks) {
             return Arc::clone(known);
         }
-        let world = self.program.ranks.len() as u64;
-        let replicas = 0..u64::from(self.replicas);
-        let all =
-            replicas.flat_map(|r| ranks.iter().map(move |i| RankId(r * world + u64::from(*i))));
-        let all: Arc<[RankId]> = all.collect();
+        let all: Arc<[RankId]> = receivers(self.program, self.replicas, &ranks).into();
         self.receivers.insert(ranks, Arc::clone(&all));
         all
     }
@@ -219,30 +216,6 @@ impl<'a> Build<'a> {
         });
     }
 
-    /// Where several recipes make a unit, each rank must hold whole tiles of all of them.
-    fn tiles_are_whole(&self, unit: &Unit) -> Result<(), Diagnostic> {
-        let program = self.program;
-        let of = |source: u32| &*program.sources[source as usize].layout;
-        let layouts = Layouts { of: &of };
-        let mut recipes = Vec::new();
-        unit.expr.recipes(&mut |made| recipes.push(made));
-        for made in recipes {
-            let all = Window::whole(&made.extent);
-            let shares =
-                layouts.input_shares(made, &all).map_err(|a| operands_apart(unit, &a.0))?;
-            let parts: Vec<Made> = (owned(&shares, 0).into_iter())
-                .map(|(owner, window)| Made { window, owner })
-                .collect();
-            let mut whole = true;
-            let block = u64::from(made.recipe.block);
-            shared_tiles(&parts, &made.extent, block, &mut |_, _| whole = false);
-            if !whole {
-                return Err(tiles_apart(unit));
-            }
-        }
-        Ok(())
-    }
-
     fn pack(&mut self, id: u32, parts: Vec<(u32, Window)>, receivers: &[RankId]) {
         let unit = &self.program.units[id as usize];
         let parts: Vec<(u32, Part)> = parts
@@ -305,41 +278,6 @@ impl<'a> Build<'a> {
 
 fn bytes_of(parts: &[(u32, Part)], owner: u32) -> u64 {
     parts.iter().filter(|p| p.0 == owner).map(|p| p.1.bytes()).sum()
-}
-
-/// The owner of each share; constants go with what stands before them.
-fn owned(shares: &[Share], choice: usize) -> Vec<(u32, Window)> {
-    let pick = |s: &Share| s.holders.as_deref().map(|h| h[choice % h.len()]);
-    let mut last = shares.iter().find_map(pick).unwrap_or(0);
-    let owner = |s: &Share| {
-        last = pick(s).unwrap_or(last);
-        (last, s.window.clone())
-    };
-    shares.iter().map(owner).collect()
-}
-
-fn operands_apart(unit: &Unit, at: &Window) -> Diagnostic {
-    let first = crate::ir::show_shape(&at.lo);
-    Diagnostic::error(
-        "E0308",
-        format!("{}: no trainer rank holds all operands of element {first}", unit.name),
-    )
-    .at(unit.span)
-    .note("operands of + and codes with their scales must have one placement")
-    .about(&unit.name)
-}
-
-fn tiles_apart(unit: &Unit) -> Diagnostic {
-    Diagnostic::error(
-        "E0308",
-        format!(
-            "{}: tiles that lie on several trainer ranks are quantized twice on different grids",
-            unit.name
-        ),
-    )
-    .at(unit.span)
-    .hint("quantize both times on one grid, or place whole tiles on a rank")
-    .about(&unit.name)
 }
 
 /// An index or a length with its last two dimensions counted in tiles, rounded up.

@@ -4,6 +4,7 @@
 mod build;
 mod check;
 mod messages;
+mod owners;
 mod print;
 mod routes;
 mod shared;
@@ -14,6 +15,7 @@ pub use build::{Bounds, build};
 pub(crate) use build::{slabs, tiles};
 pub use check::check;
 pub use messages::Message;
+pub use owners::{each_value, unmakeable};
 pub use print::print_graph;
 pub use routes::Fan;
 

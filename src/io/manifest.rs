@@ -222,14 +222,16 @@ impl SourceManifest {
 }
 
 /// Adds where the expected form is written down, unless the problem has a hint of its own.
-fn form<T>(read: std::result::Result<T, Diagnostic>) -> std::result::Result<T, Diagnostic> {
+pub(super) fn form<T>(
+    read: std::result::Result<T, Diagnostic>,
+) -> std::result::Result<T, Diagnostic> {
     read.map_err(|d| match (d.code, &d.hint) {
         ("E0419", None) => d.hint("`engine explain E0419` shows the form of each input file"),
         _ => d,
     })
 }
 
-fn schema_is_1(schema: u64) -> std::result::Result<(), String> {
+pub(super) fn schema_is_1(schema: u64) -> std::result::Result<(), String> {
     let text = || format!("its schema is {schema}; this version reads schema 1");
     if schema == 1 { Ok(()) } else { Err(text()) }
 }
@@ -243,6 +245,6 @@ fn no_repeats(repeated: BTreeSet<String>) -> std::result::Result<(), String> {
     }
 }
 
-fn refused(what: &str, path: &Path, reason: &str) -> Diagnostic {
+pub(super) fn refused(what: &str, path: &Path, reason: &str) -> Diagnostic {
     Diagnostic::error("E0419", format!("{what} {}: {reason}", path.display()))
 }

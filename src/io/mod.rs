@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod checksum;
+mod cluster;
 mod config;
 mod fault;
 mod header;
@@ -16,6 +17,7 @@ mod rows;
 
 pub use checkpoint::{Checkpoint, TensorEntry};
 pub use checksum::checksum_tensor;
+pub use cluster::read_cluster;
 pub use config::{read_config, read_json};
 pub use manifest::{
     Alias, ExpertMapFile, ParamEntry, ReceiverManifest, ReceiverTopology, SourceManifest,

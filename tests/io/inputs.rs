@@ -4,8 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use kernelcast::dtype::DType;
-use kernelcast::io::{ExpertMapFile, ReceiverManifest, SourceManifest, read_config};
-use kernelcast::topo::Placement;
+use kernelcast::io::{
+    ExpertMapFile, ReceiverManifest, SourceManifest, read_cluster, read_config,
+};
+use kernelcast::topo::{Cluster, Placement};
 use tempfile::tempdir;
 
 use super::one;
@@ -104,4 +106,37 @@ fn refused_manifests() {
         one(ReceiverManifest::read(&path), "E0419", &[words]);
     }
     one(ExpertMapFile::read(&dir.path().join("absent")), "E0601", &["expert map", "absent"]);
+}
+
+#[test]
+fn cluster_files() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("c.json");
+    let all = r#"{"schema":1,"gpus_per_host":4,"nics_per_host":2,"nvlink_gb_s":900,
+                  "nic_gb_s":50,"latency_us":0}"#;
+    fs::write(&path, all).unwrap();
+    let Cluster { gpus_per_host, nics_per_host, .. } = read_cluster(&path).unwrap();
+    assert_eq!((gpus_per_host, nics_per_host), (4, 2));
+    fs::write(&path, "{}").unwrap();
+    assert_eq!(read_cluster(&path).unwrap(), Cluster::default());
+    for (text, words) in [
+        ("[]", "expected a map"),
+        (r#"{"schema":2}"#, "schema is 2"),
+        (r#"{"gpus":8}"#, "unknown field `gpus`"),
+        (r#"{"gpus_per_host":8,"gpus_per_host":8}"#, "duplicate field"),
+        (r#"{"gpus_per_host":0}"#, "gpus_per_host is 0, not 1 to"),
+        (r#"{"gpus_per_host":-1}"#, "line 1, column 19"),
+        (r#"{"nics_per_host":0}"#, "nics_per_host is 0"),
+        (r#"{"nics_per_host":3}"#, "8 GPUs cannot be spread evenly"),
+        (r#"{"nics_per_host":16}"#, "count several NICs of one GPU as one"),
+        (r#"{"nic_gb_s":-45}"#, "nic_gb_s is -45, not 0.001 to"),
+        (r#"{"nvlink_gb_s":0}"#, "nvlink_gb_s is 0"),
+        (r#"{"nvlink_gb_s":NaN}"#, "Python writes NaN"),
+        (r#"{"nic_gb_s":1e999}"#, "out of range"),
+        (r#"{"latency_us":-1}"#, "latency_us is -1"),
+    ] {
+        fs::write(&path, text).unwrap();
+        one(read_cluster(&path), "E0419", &["cluster file", "c.json", words]);
+    }
+    one(read_cluster(&dir.path().join("absent")), "E0601", &["cluster file", "absent"]);
 }

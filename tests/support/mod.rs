@@ -51,6 +51,7 @@ pub struct Setup {
     pub config: Option<Value>,
     pub tensors: Option<Tensors>,
     pub infer: Option<String>,
+    pub train: Option<String>,
     pub options: BTreeMap<String, String>,
     pub target: BTreeMap<String, String>,
     pub experts: ExpertMap,
@@ -66,6 +67,7 @@ impl Setup {
             config: Some(serde_json::json!({})),
             tensors: None,
             infer: None,
+            train: None,
             options: BTreeMap::new(),
             target: BTreeMap::new(),
             experts: BTreeMap::new(),
@@ -81,6 +83,10 @@ impl Setup {
             Ok(mesh) => mesh,
             Err(d) => return Err(early(d)),
         };
+        let train = match self.train.as_deref().map(TrainMesh::parse).transpose() {
+            Ok(train) => train.unwrap_or_else(TrainMesh::single),
+            Err(d) => return Err(early(d)),
+        };
         compile(CompileInputs {
             name: &self.name,
             text: &self.text,
@@ -88,7 +94,7 @@ impl Setup {
             model,
             open_model: &no_model,
             mesh,
-            train: TrainMesh::single(),
+            train,
             placements: None,
             options: self.options.clone(),
             target: self.target.clone(),

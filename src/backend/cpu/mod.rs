@@ -9,6 +9,7 @@ mod held;
 mod partial;
 mod rank;
 mod run;
+mod strided;
 mod trainer;
 
 pub use finite::{NonFinite, scan};

@@ -308,7 +308,7 @@ pub(super) fn braced(numbers: &[u64]) -> String {
 }
 
 /// Numbers in order as runs: `0..2,6..74 by 4`, or what a run leaves out if that is shorter.
-pub(super) fn ranges(numbers: &[u64]) -> String {
+pub(in crate::cli) fn ranges(numbers: &[u64]) -> String {
     let plain = runs(numbers);
     let (Some(first), Some(last)) = (numbers.first(), numbers.last()) else { return plain };
     let gaps = (last - first).saturating_sub(numbers.len() as u64 - 1);

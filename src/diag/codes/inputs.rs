@@ -178,16 +178,19 @@ not part of the model, `drop` it in the plan; otherwise convert the checkpoint."
         code: "E0419",
         title: "an input file is malformed",
         text: "\
-A manifest or an expert map is not the JSON that is expected: it does not parse, has
-another schema number, a key is missing, or a value has the wrong type. The message
-names the file and the key. The forms, of --expert-map (the logical expert in each
-physical slot), of --source-manifest and of --manifest:
+A manifest, an expert map or a cluster file is not the JSON that is expected: it does
+not parse, has another schema number, a key is missing, or a value has the wrong type or
+cannot be. The message names the file and the key. The forms, of --expert-map (the
+logical expert in each physical slot), of --source-manifest, of --manifest, and of
+--cluster (GB/s of a link each way; a key left out has this value):
     {\"schema\": 1, \"layers\": {\"model.layers.3\": [0, 2, 1, 2]}}
     {\"schema\": 1, \"mesh\": [[\"fsdp\", 2]], \"tensors\": [{\"name\": \"w\",
      \"dtype\": \"bfloat16\", \"shape\": [4, 4], \"placements\": [\"S(0)\"]}]}
     {\"parameters\": [{\"name\": \"w\", \"dtype\": \"bfloat16\", \"shape\": [4, 4],
      \"stride\": [4, 1]}], \"buffers\": [], \"aliases\": [{\"name\": \"v\", \"of\": \"w\"}],
-     \"topology\": {\"tp\": 2, \"global_rank\": 1, \"tp_rank\": 1}}",
+     \"topology\": {\"tp\": 2, \"global_rank\": 1, \"tp_rank\": 1}}
+    {\"schema\": 1, \"gpus_per_host\": 8, \"nics_per_host\": 8, \"nvlink_gb_s\": 370.0,
+     \"nic_gb_s\": 45.0, \"latency_us\": 20.0}",
     },
     Code {
         code: "E0420",
