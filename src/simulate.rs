@@ -7,7 +7,7 @@ mod roofline;
 mod tests;
 mod values;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use serde::Serialize;
 
@@ -122,9 +122,10 @@ pub struct RankBytes {
 
 /// Runs a schedule against the clock of each link; `watch` sees every message in turn.
 ///
-/// A message within a host uses the NVLink of both GPUs, any other the NICs of both. It is ready
-/// a latency after its sender has what it carries and both ends are done with the bucket whose
-/// staging it takes; a link serves its messages one after the other, in the schedule's order.
+/// Step `s` sends hop `h` of bucket `s - h`. A message within a host uses the NVLink of both GPUs,
+/// any other the NICs of both. It is ready a latency after its sender has what it carries and both
+/// ends are done with the step whose staging it takes; a link serves its messages one after the
+/// other, in the schedule's order.
 pub fn simulate(
     traffic: &Traffic,
     cluster: &Cluster,
@@ -132,8 +133,17 @@ pub fn simulate(
 ) -> Report {
     let amax_s = amax_seconds(traffic, cluster);
     let mut run = Run::new(traffic, cluster, amax_s);
-    for bucket in 0..traffic.buckets {
-        run.bucket(bucket, &(traffic.messages)(bucket), watch);
+    let mut open: VecDeque<Open> = VecDeque::new();
+    let mut step = 0;
+    while step < traffic.buckets || !open.is_empty() {
+        if step < traffic.buckets {
+            open.push_back(Open::new(step, (traffic.messages)(step)));
+        }
+        run.step(step, &mut open, watch);
+        while open.front().is_some_and(|b| b.next == b.messages.len()) {
+            open.pop_front();
+        }
+        step += 1;
     }
     let roofline = Roofline::of(traffic, cluster);
     Report {
@@ -173,7 +183,25 @@ fn amax_seconds(traffic: &Traffic, cluster: &Cluster) -> f64 {
     2.0 * cluster.latency_us * 1e-6 + most as f64 / (cluster.nic_gb_s * 1e9)
 }
 
-/// The state of a simulation between two buckets.
+/// A bucket of which some messages are still to be sent.
+struct Open {
+    index: usize,
+    /// By hop.
+    messages: Vec<Message>,
+    next: usize,
+    relays: bool,
+    /// When each flow is at each rank; asked for by relays only.
+    landed: HashMap<(RankId, u32), f64>,
+}
+
+impl Open {
+    fn new(index: usize, messages: Vec<Message>) -> Self {
+        let relays = messages.last().is_some_and(|m| m.hop > 0);
+        Open { index, messages, next: 0, relays, landed: HashMap::new() }
+    }
+}
+
+/// The state of a simulation between two steps.
 struct Run<'a> {
     cluster: &'a Cluster,
     trainers: u32,
@@ -207,43 +235,48 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn bucket(&mut self, bucket: usize, messages: &[Message], watch: &mut dyn FnMut(Transfer)) {
-        let relays = messages.iter().any(|m| matches!(m.from, Peer::Rank(_)));
-        // When each flow is at each rank; asked for by relays only.
-        let mut landed: HashMap<(RankId, u32), f64> = HashMap::new();
-        let mut arrivals = Vec::with_capacity(messages.len());
-        for message in messages {
-            let ready = self.ready(bucket, message, &landed);
-            let (from, to) = self.ends(message);
-            let (start_s, arrival_s) =
-                self.links.carry(from as u64, to as u64, message.bytes, ready);
-            if relays {
-                landed.extend(message.flows.iter().map(|f| ((message.to, *f), arrival_s)));
+    fn step(
+        &mut self,
+        step: usize,
+        open: &mut VecDeque<Open>,
+        watch: &mut dyn FnMut(Transfer),
+    ) {
+        let mut done: Vec<(usize, f64)> = Vec::new();
+        for bucket in open.iter_mut() {
+            let hop = (step - bucket.index) as u32;
+            while let Some(message) = bucket.messages.get(bucket.next).filter(|m| m.hop == hop)
+            {
+                let ready = self.ready(step, message, &bucket.landed);
+                let (from, to) = self.ends(message);
+                let (start_s, arrival_s) =
+                    self.links.carry(from as u64, to as u64, message.bytes, ready);
+                if bucket.relays {
+                    let flows = message.flows.iter();
+                    bucket.landed.extend(flows.map(|f| ((message.to, *f), arrival_s)));
+                }
+                self.count(message);
+                watch(Transfer { bucket: bucket.index, message, start_s, arrival_s });
+                done.extend([(from, arrival_s), (to, arrival_s)]);
+                self.last_s = self.last_s.max(arrival_s);
+                bucket.next += 1;
             }
-            self.count(message);
-            watch(Transfer { bucket, message, start_s, arrival_s });
-            arrivals.push(arrival_s);
         }
-        // Only now: within the bucket its messages share one place.
-        for (message, arrival_s) in messages.iter().zip(arrivals) {
-            let (from, to) = self.ends(message);
-            for process in [from, to] {
-                let place = self.place(process, bucket);
-                self.free_s[place] = self.free_s[place].max(arrival_s);
-            }
-            self.last_s = self.last_s.max(arrival_s);
+        // Only now: the messages of a step share one place.
+        for (process, arrival_s) in done {
+            let place = self.place(process, step);
+            self.free_s[place] = self.free_s[place].max(arrival_s);
         }
     }
 
     /// When the first byte of a message could arrive, were the links free.
     fn ready(
         &self,
-        bucket: usize,
+        step: usize,
         message: &Message,
         landed: &HashMap<(RankId, u32), f64>,
     ) -> f64 {
         let (from, to) = self.ends(message);
-        let free = [from, to].map(|process| self.free_s[self.place(process, bucket)]);
+        let free = [from, to].map(|process| self.free_s[self.place(process, step)]);
         let held = match message.from {
             Peer::Trainer(_) => self.begin_s,
             // The verifier of a graph has proved that it has them.
@@ -261,8 +294,8 @@ impl<'a> Run<'a> {
         (gpu(message.from), gpu(Peer::Rank(message.to)))
     }
 
-    fn place(&self, process: usize, bucket: usize) -> usize {
-        process * self.in_flight + bucket % self.in_flight
+    fn place(&self, process: usize, step: usize) -> usize {
+        process * self.in_flight + step % self.in_flight
     }
 
     fn count(&mut self, message: &Message) {

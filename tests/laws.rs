@@ -71,12 +71,11 @@ fn check_compiled(
 /// Law 4 and 5 for a case's own trainer mesh, each rank with its own memory.
 fn check_sharded(case: &Case, world: &World) {
     let compiled = compile_sharded(case, world);
-    if let Ok(compiled) = &compiled
-        && let Err(e) = cpu::try_evaluate(compiled, world)
+    if let Err(e) = &compiled
+        && e.iter().any(|d| d.code == "E0308")
     {
-        let codes: Vec<_> = e.iter().map(|d| d.code).collect();
         let may = case.text.contains(" + ") || case.text.matches("quantize(").count() > 1;
-        assert!(may && codes.iter().all(|c| *c == "E0308"), "{e:#?}");
+        assert!(may && e.iter().all(|d| ["E0308", "E0501"].contains(&d.code)), "{e:#?}");
         return;
     }
     check_compiled(case, world, compiled, cpu::evaluate);

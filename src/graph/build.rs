@@ -1,5 +1,6 @@
 //! Cuts a program's units by owner, packs the parts into buckets and gives each a route.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -56,9 +57,12 @@ pub fn build(
 ) -> Result<Graph, Vec<Diagnostic>> {
     let mut work = Build::new(program, replicas, cluster, fan, bounds);
     let mut order: Vec<u32> = (0..program.units.len() as u32).collect();
+    // What all ranks hold comes before what each holds alone, so that buckets are alike: a relay
+    // of one bucket then takes no longer than the making of another.
     order.sort_by_key(|u| {
-        let first = program.units[*u as usize].receivers.first();
-        first.map(|r| (r.target, r.place, r.rank))
+        let unit = &program.units[*u as usize];
+        let first = unit.receivers.first();
+        (Reverse(unit.receivers.len()), first.map(|r| (r.target, r.place, r.rank)))
     });
     for unit in order {
         work.unit(unit);
@@ -125,7 +129,8 @@ impl<'a> Build<'a> {
         }
         let (block, phase) = unit.grid();
         let whole = Window::whole(&unit.shape);
-        let limit = (self.limit / 8).max(1);
+        // What enters a host once is spread over its GPUs slice by slice.
+        let limit = (self.limit / if receivers.len() > 8 { 64 } else { 8 }).max(1);
         slabs(&whole, unit.dtype.size(), block, phase, limit, &mut |slice| {
             if let Err(problem) = self.slice(id, leaf.as_ref(), &slice, &receivers) {
                 self.problems.push(problem);

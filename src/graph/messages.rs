@@ -10,6 +10,9 @@ use super::{Flow, Graph, Part, Route, SharedTiles};
 /// All that one process sends another in one bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
+    /// 0 from a trainer rank, else the number of relays. Hop `h` of bucket `b` is sent in step
+    /// `b + h`, when a rank makes or receives bucket `b + h`: a chain of relays never waits.
+    pub hop: u32,
     pub from: Peer,
     pub to: RankId,
     /// Indices of [`Graph::flows`].
@@ -34,16 +37,16 @@ impl Graph {
     /// The messages of a bucket: those of trainer ranks first, then relays in an order in which
     /// each sender has all that it sends by then.
     pub fn messages(&self, bucket: usize) -> Vec<Message> {
-        let mut all: BTreeMap<(usize, Peer, RankId), (Vec<u32>, u64)> = BTreeMap::new();
+        let mut all: BTreeMap<(u32, Peer, RankId), (Vec<u32>, u64)> = BTreeMap::new();
         for (i, flow) in self.flows_of(bucket) {
-            let mut add = |hop: usize, from: Peer, to: RankId| {
+            let mut add = |hop: u32, from: Peer, to: RankId| {
                 let (flows, bytes) = all.entry((hop, from, to)).or_default();
                 flows.push(i);
                 *bytes += flow.bytes;
             };
             let route = self.route(flow);
             route.entries.iter().for_each(|to| add(0, Peer::Trainer(flow.from), *to));
-            let mut hops: BTreeMap<RankId, usize> =
+            let mut hops: BTreeMap<RankId, u32> =
                 route.entries.iter().map(|r| (*r, 0)).collect();
             for (from, to) in &route.relays {
                 let hop = hops.get(from).copied().unwrap_or(0) + 1;
@@ -51,7 +54,8 @@ impl Graph {
                 add(hop, Peer::Rank(*from), *to);
             }
         }
-        let message = |((_, from, to), (flows, bytes))| Message { from, to, flows, bytes };
+        let message =
+            |((hop, from, to), (flows, bytes))| Message { hop, from, to, flows, bytes };
         all.into_iter().map(message).collect()
     }
 

@@ -114,10 +114,13 @@ impl Resolver<'_> {
                 }
                 let (region, phase) = whole_tiles(window, shape_of(0), u64::from(recipe.block));
                 let input = inner(0, &region)?;
+                let matrices = apart(&input, window);
                 let made = Made { recipe: *recipe, extent: region.len, input };
                 let refined = u64::from(recipe.block);
                 let tiles = Tiles { from: TilesFrom::Made(made), refined, phase };
-                Ok(vec![at_origin(window, Expr::Tiles(Box::new(tiles)))])
+                let expr = Expr::Tiles(Box::new(tiles));
+                let part = |at: Window| Piece { expr: expr.crop(&at.lo, &at.len), at };
+                Ok(matrices.into_iter().map(part).collect())
             }
             Op::Refine { block } => {
                 let mut pieces = inner(0, window)?;
@@ -440,6 +443,30 @@ fn pad(
         out.push(Piece { at, expr: Expr::Fill { dtype, bits: value.to_bits() } });
     }
     Ok(out)
+}
+
+/// Parts of a window of matrices, along the first dimension, that no input piece joins: experts
+/// that come from tensors of their own stay values of their own.
+fn apart(input: &[Piece], window: &Window) -> Vec<Window> {
+    let whole = Window::whole(&window.len);
+    if window.len.len() < 3 {
+        return vec![whole];
+    }
+    let mut edges: Vec<u64> = input.iter().map(|p| p.at.lo[0]).collect();
+    edges.sort_unstable();
+    edges.dedup();
+    let joined = |edge: &u64| {
+        let spans = |p: &Piece| p.at.lo[0] < *edge && *edge < p.at.lo[0] + p.at.len[0];
+        input.iter().any(spans)
+    };
+    edges.retain(|edge| !joined(edge));
+    edges.push(window.len[0]);
+    let part = |pair: &[u64]| {
+        let mut at = whole.clone();
+        (at.lo[0], at.len[0]) = (pair[0], pair[1] - pair[0]);
+        at
+    };
+    edges.windows(2).map(part).collect()
 }
 
 /// A window grown to whole tiles of the last two dimensions, and where it began inside them.

@@ -6,7 +6,6 @@ use std::time::Duration;
 use kernelcast::backend::cpu::{FiniteCheck, Options, Report};
 use kernelcast::backend::reference::Stored;
 use kernelcast::compile::Compiled;
-use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
 use kernelcast::lower::{Part, RankProgram, TargetKind};
 use kernelcast::memory::{Sources, Targets, update};
@@ -19,14 +18,6 @@ const STAGING: u64 = 64 << 10;
 
 /// All targets of all ranks, in the plan's order; none for aliases, which store nothing.
 pub fn evaluate(compiled: &Compiled, world: &World) -> Vec<Vec<Option<Stored>>> {
-    try_evaluate(compiled, world).expect("it runs")
-}
-
-/// The same, or the refusal of what lies on several trainer ranks.
-pub fn try_evaluate(
-    compiled: &Compiled,
-    world: &World,
-) -> Result<Vec<Vec<Option<Stored>>>, Vec<Diagnostic>> {
     let mut trainers = Vec::new();
     let local: Vec<Vec<Local>> =
         (0..compiled.program.trainers).map(|t| shards(compiled, world, t)).collect();
@@ -59,14 +50,13 @@ pub fn try_evaluate(
         timeout: Duration::from_secs(20),
         progress: &|_| {},
     };
-    let report = update(compiled, &trainers, &mut bound, STAGING, &options);
-    let report = report.map_err(|e| e.diagnostics)?;
+    let report = update(compiled, &trainers, &mut bound, STAGING, &options).expect("it runs");
     check_traffic(compiled, &report);
     let rest = memory.split_off(world_size);
     for replica in rest.chunks(world_size) {
         assert_eq!(replica, memory, "a replica differs");
     }
-    Ok(memory)
+    memory
 }
 
 /// Memory for a rank's targets; what the update leaves unwritten stays 0xa5.

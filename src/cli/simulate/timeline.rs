@@ -279,12 +279,14 @@ mod tests {
             let to = |t: u32| RankId(u64::from(t) % u64::from(ranks));
             let size = |t: u32| 1_000_000 * (1 + (u64::from(t) * 7 + bucket as u64 * 5) % 9);
             let sends = (0..trainers).map(|t| Message {
+                hop: 0,
                 from: Peer::Trainer(t),
                 to: to(t),
                 flows: vec![t],
                 bytes: size(t),
             });
             let relays = (0..trainers.min(ranks)).map(|t| Message {
+                hop: 1,
                 from: Peer::Rank(to(t)),
                 to: to(t + 1),
                 flows: vec![t],

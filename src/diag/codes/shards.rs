@@ -87,8 +87,8 @@ last_stage, so every stage would hold the whole model.",
         title: "what must be worked on together lies on several trainer ranks",
         text: "\
 Trainer ranks never exchange rows, only the maxima of tiles. So the operands of a sum,
-and FP8 codes with their block scales, must have one placement; and a tile whose rows lie
-on several ranks may be quantized once, or twice on one grid, as in
+and FP8 codes with their block scales, must have one placement; and a tile whose rows
+lie on several ranks may be quantized once, or twice on one grid, as in
     x.quantize(fp8::vllm).dequantize(f32).quantize(fp8::ue8m0)
 Place the operands alike on the trainer, or so that whole tiles lie on a rank. For FP8
 sources: rows per rank must be a multiple of the block.",
