@@ -63,6 +63,8 @@ pub struct Compiled {
     pub train: TrainMesh,
     pub declared: Declared,
     pub model: Option<ModelInput>,
+    /// The expert map that the program was made for.
+    pub experts: ExpertMap,
     pub program: Program,
     /// Warnings and notes.
     pub notes: Vec<Diagnostic>,
@@ -131,6 +133,7 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     Ok(Compiled {
         mesh: front.mesh,
         train: inputs.train,
+        experts: inputs.experts,
         declared: front.declared,
         model: front.opened.or(inputs.model),
         stages: front.stages,

@@ -1,6 +1,7 @@
 //! A whole update: bind what is read and written, run the graph, commit. Nothing of a file run
 //! is published before all of it is right.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Bounds, Fan, Graph, build, check, each_value};
 use crate::io::{Checkpoint, OutputDir, RankFile, TensorEntry};
 use crate::lower::{Part, Program, RankProgram, TargetKind};
-use crate::shard::Storage;
+use crate::shard::{ExpertMap, Storage};
 use crate::simulate::{Traffic, Values};
 use crate::topo::{Cluster, Coords, InferMesh, TrainMesh};
 
@@ -49,29 +50,111 @@ pub struct RunSummary {
     pub notes: Vec<Diagnostic>,
 }
 
-/// Builds and verifies the graph of a compiled plan.
+/// What all ranks agree on before the first update: who makes and sends what, in which order.
 ///
-/// # Errors
-/// E0308 for operands or tiles that lie on several trainer ranks and cannot be worked on there.
-pub fn graph_of(
+/// What follows the expert map is a graph of its own: a changed map leaves the other as it is.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    pub fixed: Graph,
+    pub mapped: Graph,
+    /// The expert map that it is for.
+    experts: ExpertMap,
+}
+
+impl Schedule {
+    /// Builds and verifies the schedule of a compiled plan for a number of replicas.
+    ///
+    /// # Errors
+    /// E0502, a bug of the compiler.
+    pub fn of(
+        compiled: &Compiled,
+        replicas: u32,
+        cluster: &Cluster,
+        bounds: Bounds,
+    ) -> Result<Schedule> {
+        let mapped = compiled.program.mapped();
+        let fixed = graph_of(&compiled.program, 0..mapped.start, replicas, cluster, bounds)?;
+        let mapped = graph_of(&compiled.program, mapped, replicas, cluster, bounds)?;
+        Ok(Schedule { fixed, mapped, experts: compiled.experts.clone() })
+    }
+
+    /// The schedule of the same plan for another expert map: only the experts' part is new.
+    ///
+    /// # Errors
+    /// E0305 if more than the map has changed.
+    pub fn remap(
+        &self,
+        compiled: &Compiled,
+        cluster: &Cluster,
+        bounds: Bounds,
+    ) -> Result<Schedule> {
+        let program = &compiled.program;
+        let mapped = program.mapped();
+        if check(program, 0..mapped.start, &self.fixed).is_err() {
+            let text = "more than the expert map has changed since the schedule was agreed";
+            return Err(Diagnostic::error("E0305", text)
+                .hint("agree on a new schedule")
+                .into());
+        }
+        let replicas = self.fixed.ranks / (program.ranks.len() as u32).max(1);
+        let mapped = graph_of(program, mapped, replicas, cluster, bounds)?;
+        let fixed = self.fixed.clone();
+        Ok(Schedule { fixed, mapped, experts: compiled.experts.clone() })
+    }
+
+    /// Refuses a plan that was compiled for another expert map.
+    ///
+    /// # Errors
+    /// E0305 with the first layer that differs.
+    pub fn fits(&self, compiled: &Compiled) -> Result<()> {
+        let layers = self.experts.keys().chain(compiled.experts.keys());
+        let differs = |l: &&String| self.experts.get(*l) != compiled.experts.get(*l);
+        match layers.min_by_key(|l| (!differs(l), *l)).filter(differs) {
+            Some(layer) => Err(Diagnostic::error(
+                "E0305",
+                format!("the expert map of {layer} has changed since the schedule was agreed"),
+            )
+            .hint("remap the schedule on every rank, then update")
+            .into()),
+            None => Ok(()),
+        }
+    }
+
+    /// The whole schedule as one graph.
+    pub fn joined(&self) -> Cow<'_, Graph> {
+        match self.mapped.buckets.is_empty() {
+            true => Cow::Borrowed(&self.fixed),
+            false => Cow::Owned(self.fixed.then(&self.mapped)),
+        }
+    }
+
+    /// Hash of the whole schedule: equal on all ranks that agree.
+    pub fn digest(&self) -> String {
+        self.joined().digest()
+    }
+}
+
+fn graph_of(
     program: &Program,
+    units: std::ops::Range<u32>,
     replicas: u32,
     cluster: &Cluster,
     bounds: Bounds,
 ) -> Result<Graph> {
-    let graph =
-        build(program, replicas, cluster, Fan::Chain, bounds).map_err(Error::refused)?;
-    check(program, &graph)?;
+    let graph = build(program, units.clone(), replicas, cluster, Fan::Chain, bounds);
+    let graph = graph.map_err(Error::refused)?;
+    check(program, units, &graph)?;
     Ok(graph)
 }
 
 /// What a simulation sees of a compiled plan's schedule: buckets for links of the cluster's kind.
 ///
 /// # Errors
-/// As [`graph_of`].
+/// As [`Schedule::of`].
 pub fn traffic_of(compiled: &Compiled, cluster: &Cluster, staging: u64) -> Result<Traffic> {
     let (program, replicas) = (&compiled.program, compiled.mesh.replicas as u32);
-    let graph = graph_of(program, replicas, cluster, Bounds::for_links(staging))?;
+    let schedule = Schedule::of(compiled, replicas, cluster, Bounds::for_links(staging))?;
+    let graph = schedule.joined().into_owned();
     let mut values = Values::default();
     each_value(program, replicas, &mut |bytes, holders, needed_by| {
         values.add(bytes, holders, needed_by);
@@ -104,8 +187,9 @@ pub fn run_to_files(
     let started = Instant::now();
     let program = &compiled.program;
     // The files are replica 0's: the others would hold the same.
-    let graph =
-        graph_of(program, 1, &Cluster::default(), Bounds::with_staging(options.staging))?;
+    let bounds = Bounds::with_staging(options.staging);
+    let schedule = Schedule::of(compiled, 1, &Cluster::default(), bounds)?;
+    let graph = schedule.joined();
     let files = FileRows::bind(program, checkpoint)?;
     let fenced = (0..program.trainers).map(|rank| Fenced { program, rank, rows: &files });
     let fenced: Vec<Fenced<'_>> = fenced.collect();
@@ -265,7 +349,7 @@ pub struct Recorded {
     pub model: PathBuf,
     pub options: std::collections::BTreeMap<String, String>,
     pub target: std::collections::BTreeMap<String, String>,
-    pub expert_map: crate::shard::ExpertMap,
+    pub expert_map: ExpertMap,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::exec::graph_of;
+use crate::exec::Schedule;
 use crate::graph::Bounds;
 use crate::ir::show_shape;
 use crate::lower::{Part, RankProgram, TargetKind};
@@ -107,10 +107,25 @@ pub fn update(
     staging: u64,
     options: &Options<'_>,
 ) -> Result<Report> {
+    let (replicas, bounds) = (compiled.mesh.replicas as u32, Bounds::with_staging(staging));
+    let schedule = Schedule::of(compiled, replicas, &Cluster::default(), bounds)?;
+    update_agreed(compiled, &schedule, trainers, targets, options)
+}
+
+/// Runs one update by a schedule that was agreed before.
+///
+/// # Errors
+/// As [`update`]; E0305 if the plan was compiled for another expert map than the schedule.
+pub fn update_agreed(
+    compiled: &Compiled,
+    schedule: &Schedule,
+    trainers: &[Sources<'_>],
+    targets: &mut Targets<'_>,
+    options: &Options<'_>,
+) -> Result<Report> {
     let program = &compiled.program;
-    let replicas = compiled.mesh.replicas as u32;
-    let graph =
-        graph_of(program, replicas, &Cluster::default(), Bounds::with_staging(staging))?;
+    schedule.fits(compiled)?;
+    let graph = schedule.joined();
     let shards = bind_sources(compiled, trainers)?;
     let rows: Vec<&dyn Rows> = shards.iter().map(|s| s as &dyn Rows).collect();
     match_targets(compiled, targets)?;

@@ -50,13 +50,14 @@ fn graph(compiled: &Compiled) -> Graph {
     // Small buckets, so that several are in flight.
     let graph = build(
         &compiled.program,
+        compiled.program.all(),
         1,
         &Cluster::default(),
         Fan::Chain,
         Bounds::with_staging(1 << 20),
     );
     let graph = graph.unwrap();
-    check(&compiled.program, &graph).unwrap();
+    check(&compiled.program, compiled.program.all(), &graph).unwrap();
     assert!(graph.buckets.len() > 2);
     graph
 }

@@ -1,7 +1,7 @@
 //! `engine dry-run`: compile, print, touch nothing.
 
 use crate::compile::Compiled;
-use crate::exec::{DEFAULT_STAGING, graph_of};
+use crate::exec::{DEFAULT_STAGING, Schedule};
 use crate::graph::{Bounds, print_graph};
 use crate::lower::{print_program, print_shards};
 use crate::table::ShapeTable;
@@ -22,13 +22,11 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         Stage::Shards => print_shards(&compiled.program),
         Stage::Program => print_program(&compiled.program),
         Stage::Graph => {
-            let graph = {
-                let (replicas, bounds) =
-                    (compiled.mesh.replicas as u32, Bounds::with_staging(DEFAULT_STAGING));
-                graph_of(&compiled.program, replicas, &Cluster::default(), bounds)
-            }
-            .map_err(|error| Failure { error, files: compiled.files().clone() })?;
-            print_graph(&compiled.program, &graph)
+            let replicas = compiled.mesh.replicas as u32;
+            let bounds = Bounds::with_staging(DEFAULT_STAGING);
+            let schedule = Schedule::of(compiled, replicas, &Cluster::default(), bounds)
+                .map_err(|error| Failure { error, files: compiled.files().clone() })?;
+            print_graph(&compiled.program, &schedule.joined())
         }
         Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),
     };

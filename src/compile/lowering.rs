@@ -115,6 +115,30 @@ impl<'a> Lowering<'a> {
             };
             self.rank(rank, &stages[stage], &place, &types);
         }
+        if self.front.mesh.eplb {
+            self.mapped_last();
+        }
+    }
+
+    /// Puts the units that follow the expert map behind all others, whose numbers then stay when
+    /// the map changes.
+    fn mapped_last(&mut self) {
+        let units = std::mem::take(&mut self.units);
+        let mut order: Vec<usize> = (0..units.len()).collect();
+        order.sort_by_key(|u| units[*u].mapped);
+        let mut number = vec![0; units.len()];
+        order.iter().enumerate().for_each(|(new, old)| number[*old] = new as u32);
+        let mut units: Vec<Option<Unit>> = units.into_iter().map(Some).collect();
+        self.units = order.into_iter().filter_map(|old| units[old].take()).collect();
+        let mut renumbered: HashMap<*const Target, Arc<Target>> = HashMap::new();
+        for target in self.ranks.iter_mut().flat_map(|r| &mut r.targets) {
+            let new = renumbered.entry(Arc::as_ptr(target)).or_insert_with(|| {
+                let mut new = Target::clone(target);
+                new.places.iter_mut().for_each(|p| p.unit = number[p.unit as usize]);
+                Arc::new(new)
+            });
+            *target = Arc::clone(new);
+        }
     }
 
     fn stage(&mut self, index: usize) -> Stage {
@@ -274,7 +298,8 @@ impl<'a> Lowering<'a> {
         let known = self.unit_ids.entry(key).or_default();
         let same = |id: &&u32| {
             let unit = &self.units[**id as usize];
-            (&unit.expr, &unit.shape, unit.quant) == (&expr, &at.len, t.quant)
+            (&unit.expr, &unit.shape, unit.quant, unit.mapped)
+                == (&expr, &at.len, t.quant, mapped)
         };
         let unit = match known.iter().find(same) {
             Some(id) => *id,

@@ -42,7 +42,7 @@ impl Bounds {
     }
 }
 
-/// Builds the graph of a program for a number of replicas. Deterministic: buckets follow the order
+/// Builds the graph of some units of a program for a number of replicas. Deterministic: buckets follow the order
 /// of parameters, and of ranks within one.
 ///
 /// # Errors
@@ -50,13 +50,14 @@ impl Bounds {
 /// lie on several trainer ranks.
 pub fn build(
     program: &Program,
+    units: std::ops::Range<u32>,
     replicas: u32,
     cluster: &Cluster,
     fan: Fan,
     bounds: Bounds,
 ) -> Result<Graph, Vec<Diagnostic>> {
     let mut work = Build::new(program, replicas, cluster, fan, bounds);
-    let mut order: Vec<u32> = (0..program.units.len() as u32).collect();
+    let mut order: Vec<u32> = units.collect();
     // What all ranks hold comes before what each holds alone, so that buckets are alike: a relay
     // of one bucket then takes no longer than the making of another.
     order.sort_by_key(|u| {

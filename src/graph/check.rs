@@ -9,11 +9,15 @@ use crate::topo::RankId;
 
 use super::{Graph, Route};
 
-/// Proves a graph against its program.
+/// Proves a graph against the units of its program that it is for.
 ///
 /// # Errors
 /// E0502 with the first contradiction: a bug of the compiler, never of a plan.
-pub fn check(program: &Program, graph: &Graph) -> Result<(), Diagnostic> {
+pub fn check(
+    program: &Program,
+    units: std::ops::Range<u32>,
+    graph: &Graph,
+) -> Result<(), Diagnostic> {
     let bad = |what: String| Diagnostic::error("E0502", what);
     let routes: Result<Vec<Vec<RankId>>, String> = graph.routes.iter().map(reached).collect();
     let routes = routes.map_err(bad)?;
@@ -37,8 +41,9 @@ pub fn check(program: &Program, graph: &Graph) -> Result<(), Diagnostic> {
             }
         }
     }
-    for (unit, made) in program.units.iter().zip(made) {
-        let wanted = if unit.is_constant() { 0 } else { unit.bytes() };
+    for (id, (unit, made)) in (0..).zip(program.units.iter().zip(made)) {
+        let ours = units.contains(&id) && !unit.is_constant();
+        let wanted = if ours { unit.bytes() } else { 0 };
         if made != wanted {
             return Err(bad(format!("{}: {made} of {wanted} bytes are made", unit.name)));
         }

@@ -3,6 +3,7 @@
 
 mod build;
 mod check;
+mod join;
 mod messages;
 mod owners;
 mod print;

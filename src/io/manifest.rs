@@ -161,14 +161,28 @@ impl ExpertMapFile {
         #[serde(expecting = "an object")]
         struct Raw {
             schema: u64,
-            layers: Pairs<Vec<u64>>,
+            layers: Pairs<Vec<i64>>,
         }
         let what = "expert map";
         let raw: Raw = form(json::read(path, what, "E0419"))?;
-        schema_is_1(raw.schema)
+        let assigned = |(layer, map): (String, Vec<i64>)| {
+            let slot = |(slot, expert): (usize, &i64)| {
+                // The server writes -1 where it has not placed an expert yet.
+                u64::try_from(*expert).map_err(|_| {
+                    format!(
+                        "slot {slot} of {layer} is {expert}: it is not assigned to an expert"
+                    )
+                })
+            };
+            let map: std::result::Result<Vec<u64>, String> =
+                map.iter().enumerate().map(slot).collect();
+            map.map(|map| (layer.clone(), map))
+        };
+        let layers = schema_is_1(raw.schema)
             .and_then(|()| no_repeats(raw.layers.repeated))
-            .map_err(|reason| refused(what, path, &reason))?;
-        Ok(ExpertMapFile { schema: raw.schema, layers: raw.layers.pairs.into_iter().collect() })
+            .and_then(|()| raw.layers.pairs.into_iter().map(assigned).collect())
+            .map_err(|reason: String| refused(what, path, &reason))?;
+        Ok(ExpertMapFile { schema: raw.schema, layers })
     }
 }
 

@@ -200,6 +200,17 @@ pub struct Program {
 }
 
 impl Program {
+    /// Numbers of all units.
+    pub fn all(&self) -> std::ops::Range<u32> {
+        0..self.units.len() as u32
+    }
+
+    /// Numbers of the units that follow the expert map; they stand behind all others.
+    pub fn mapped(&self) -> std::ops::Range<u32> {
+        let first = self.units.partition_point(|u| !u.mapped);
+        first as u32..self.units.len() as u32
+    }
+
     /// Bytes of the distinct trainer tensors that are read.
     pub fn source_bytes(&self) -> u64 {
         self.sources.iter().map(ProgramSource::bytes).sum()
