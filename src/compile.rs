@@ -90,6 +90,7 @@ pub struct CompileError {
 /// # Errors
 /// Every problem of the plan and its inputs, together; nothing has been touched.
 pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, CompileError> {
+    let started = std::time::Instant::now();
     let mut files = SourceMap::default();
     files.add(inputs.name, inputs.text);
     let early = |error: Error| CompileError { error, files: files.clone() };
@@ -130,6 +131,7 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
         front.stages.iter().flat_map(|p| p.notes.iter().cloned()).collect();
     notes.dedup();
     notes.extend(problems);
+    tracing::debug!(units = program.units.len(), took = ?started.elapsed(), "plan compiled");
     Ok(Compiled {
         mesh: front.mesh,
         train: inputs.train,

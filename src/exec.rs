@@ -12,7 +12,7 @@ use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::graph::{Bounds, Fan, Graph, build, check, each_value};
+use crate::graph::{Bounds, Graph, Setup, build, check, each_value};
 use crate::io::{Checkpoint, OutputDir, RankFile, TensorEntry};
 use crate::lower::{Part, Program, RankProgram, TargetKind};
 use crate::shard::{ExpertMap, Storage};
@@ -66,15 +66,10 @@ impl Schedule {
     ///
     /// # Errors
     /// E0502, a bug of the compiler.
-    pub fn of(
-        compiled: &Compiled,
-        replicas: u32,
-        cluster: &Cluster,
-        bounds: Bounds,
-    ) -> Result<Schedule> {
+    pub fn of(compiled: &Compiled, setup: &Setup<'_>) -> Result<Schedule> {
         let mapped = compiled.program.mapped();
-        let fixed = graph_of(&compiled.program, 0..mapped.start, replicas, cluster, bounds)?;
-        let mapped = graph_of(&compiled.program, mapped, replicas, cluster, bounds)?;
+        let fixed = graph_of(&compiled.program, 0..mapped.start, setup)?;
+        let mapped = graph_of(&compiled.program, mapped, setup)?;
         Ok(Schedule { fixed, mapped, experts: compiled.experts.clone() })
     }
 
@@ -82,12 +77,7 @@ impl Schedule {
     ///
     /// # Errors
     /// E0305 if more than the map has changed.
-    pub fn remap(
-        &self,
-        compiled: &Compiled,
-        cluster: &Cluster,
-        bounds: Bounds,
-    ) -> Result<Schedule> {
+    pub fn remap(&self, compiled: &Compiled, setup: &Setup<'_>) -> Result<Schedule> {
         let program = &compiled.program;
         let mapped = program.mapped();
         if check(program, 0..mapped.start, &self.fixed).is_err() {
@@ -96,8 +86,7 @@ impl Schedule {
                 .hint("agree on a new schedule")
                 .into());
         }
-        let replicas = self.fixed.ranks / (program.ranks.len() as u32).max(1);
-        let mapped = graph_of(program, mapped, replicas, cluster, bounds)?;
+        let mapped = graph_of(program, mapped, setup)?;
         let fixed = self.fixed.clone();
         Ok(Schedule { fixed, mapped, experts: compiled.experts.clone() })
     }
@@ -130,20 +119,22 @@ impl Schedule {
 
     /// Hash of the whole schedule: equal on all ranks that agree.
     pub fn digest(&self) -> String {
-        self.joined().digest()
+        format!("{:032x}", self.joined().digest)
     }
 }
 
 fn graph_of(
     program: &Program,
     units: std::ops::Range<u32>,
-    replicas: u32,
-    cluster: &Cluster,
-    bounds: Bounds,
+    setup: &Setup<'_>,
 ) -> Result<Graph> {
-    let graph = build(program, units.clone(), replicas, cluster, Fan::Chain, bounds);
-    let graph = graph.map_err(Error::refused)?;
-    check(program, units, &graph)?;
+    let started = Instant::now();
+    let graph = build(program, units.clone(), setup).map_err(Error::refused)?;
+    tracing::debug!(parts = graph.parts.len(), took = ?started.elapsed(), "schedule built");
+    // A part of a graph covers a part of the units.
+    if setup.only.is_none() {
+        check(program, units, &graph)?;
+    }
     Ok(graph)
 }
 
@@ -153,7 +144,8 @@ fn graph_of(
 /// As [`Schedule::of`].
 pub fn traffic_of(compiled: &Compiled, cluster: &Cluster, staging: u64) -> Result<Traffic> {
     let (program, replicas) = (&compiled.program, compiled.mesh.replicas as u32);
-    let schedule = Schedule::of(compiled, replicas, cluster, Bounds::for_links(staging))?;
+    let setup = Setup::new(replicas, cluster, Bounds::for_links(staging));
+    let schedule = Schedule::of(compiled, &setup)?;
     let graph = schedule.joined().into_owned();
     let mut values = Values::default();
     each_value(program, replicas, &mut |bytes, holders, needed_by| {
@@ -187,8 +179,8 @@ pub fn run_to_files(
     let started = Instant::now();
     let program = &compiled.program;
     // The files are replica 0's: the others would hold the same.
-    let bounds = Bounds::with_staging(options.staging);
-    let schedule = Schedule::of(compiled, 1, &Cluster::default(), bounds)?;
+    let (cluster, bounds) = (Cluster::default(), Bounds::with_staging(options.staging));
+    let schedule = Schedule::of(compiled, &Setup::new(1, &cluster, bounds))?;
     let graph = schedule.joined();
     let files = FileRows::bind(program, checkpoint)?;
     let fenced = (0..program.trainers).map(|rank| Fenced { program, rank, rows: &files });

@@ -9,7 +9,7 @@ use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::exec::Schedule;
-use crate::graph::Bounds;
+use crate::graph::{Bounds, Setup};
 use crate::ir::show_shape;
 use crate::lower::{Part, RankProgram, TargetKind};
 use crate::script::{Catalog, CatalogEntry};
@@ -108,7 +108,7 @@ pub fn update(
     options: &Options<'_>,
 ) -> Result<Report> {
     let (replicas, bounds) = (compiled.mesh.replicas as u32, Bounds::with_staging(staging));
-    let schedule = Schedule::of(compiled, replicas, &Cluster::default(), bounds)?;
+    let schedule = Schedule::of(compiled, &Setup::new(replicas, &Cluster::default(), bounds))?;
     update_agreed(compiled, &schedule, trainers, targets, options)
 }
 

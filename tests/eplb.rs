@@ -10,7 +10,7 @@ use kernelcast::compile::Compiled;
 use kernelcast::dtype::DType;
 use kernelcast::error::Error;
 use kernelcast::exec::Schedule;
-use kernelcast::graph::Bounds;
+use kernelcast::graph::{self, Bounds};
 use kernelcast::lower::TargetKind;
 use kernelcast::memory::{Sources, Targets, update_agreed};
 use kernelcast::topo::{Cluster, RankId};
@@ -90,7 +90,9 @@ fn update(compiled: &Compiled, schedule: &Schedule) -> Result<(Memory, u64), Err
 }
 
 fn schedule(compiled: &Compiled) -> Schedule {
-    Schedule::of(compiled, 2, &Cluster::default(), Bounds::with_staging(1 << 20)).unwrap()
+    let cluster = Cluster::default();
+    Schedule::of(compiled, &graph::Setup::new(2, &cluster, Bounds::with_staging(1 << 20)))
+        .unwrap()
 }
 
 const FIRST: [u64; 8] = [0, 1, 2, 3, 4, 5, 0, 1];
@@ -128,8 +130,10 @@ fn copies_of_an_expert_are_sent_once_and_are_identical() {
 fn a_changed_map_changes_the_experts_part_alone() {
     let (before, after) = (compiled(&FIRST, "fsdp=1"), compiled(&SECOND, "fsdp=1"));
     let agreed = schedule(&before);
-    let bounds = Bounds::with_staging(1 << 20);
-    let remapped = agreed.remap(&after, &Cluster::default(), bounds).unwrap();
+    let cluster = Cluster::default();
+    let remapped = agreed
+        .remap(&after, &graph::Setup::new(2, &cluster, Bounds::with_staging(1 << 20)))
+        .unwrap();
     assert_eq!(remapped.fixed, agreed.fixed);
     assert_ne!(remapped.mapped, agreed.mapped);
     assert_ne!(remapped.digest(), agreed.digest());
@@ -157,6 +161,8 @@ fn a_plan_that_differs_in_more_than_the_map_needs_a_new_schedule() {
     let agreed = schedule(&compiled(&FIRST, "fsdp=1"));
     let mut other = compiled(&SECOND, "fsdp=1");
     other.program.units.remove(0);
-    let e = agreed.remap(&other, &Cluster::default(), Bounds::with_staging(1 << 20));
+    let cluster = Cluster::default();
+    let e =
+        agreed.remap(&other, &graph::Setup::new(2, &cluster, Bounds::with_staging(1 << 20)));
     assert_eq!(e.unwrap_err().diagnostics[0].code, "E0305");
 }

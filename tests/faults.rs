@@ -11,7 +11,7 @@ use kernelcast::compile::{CompileInputs, Compiled, ModelInput, compile};
 use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
 use kernelcast::error::ErrorKind;
-use kernelcast::graph::{Bounds, Fan, Graph, build, check};
+use kernelcast::graph::{Bounds, Graph, Setup, build, check};
 use kernelcast::lower::Part;
 use kernelcast::memory::Sources;
 use kernelcast::script::{Limits, NoModules};
@@ -48,14 +48,9 @@ fn ones() -> Vec<u8> {
 
 fn graph(compiled: &Compiled) -> Graph {
     // Small buckets, so that several are in flight.
-    let graph = build(
-        &compiled.program,
-        compiled.program.all(),
-        1,
-        &Cluster::default(),
-        Fan::Chain,
-        Bounds::with_staging(1 << 20),
-    );
+    let cluster = Cluster::default();
+    let setup = Setup::new(1, &cluster, Bounds::with_staging(1 << 20));
+    let graph = build(&compiled.program, compiled.program.all(), &setup);
     let graph = graph.unwrap();
     check(&compiled.program, compiled.program.all(), &graph).unwrap();
     assert!(graph.buckets.len() > 2);

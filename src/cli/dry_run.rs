@@ -2,10 +2,10 @@
 
 use crate::compile::Compiled;
 use crate::exec::{DEFAULT_STAGING, Schedule};
-use crate::graph::{Bounds, print_graph};
+use crate::graph::{Bounds, Setup, print_graph};
 use crate::lower::{print_program, print_shards};
 use crate::table::ShapeTable;
-use crate::topo::{Cluster, RankId};
+use crate::topo::{Cluster, Peer, RankId};
 
 use super::args::{DryRunArgs, Stage, TableFormat};
 use super::inputs::{self, Weights};
@@ -24,9 +24,15 @@ pub(super) fn run(args: &DryRunArgs) -> Result<(), Failure> {
         Stage::Graph => {
             let replicas = compiled.mesh.replicas as u32;
             let bounds = Bounds::with_staging(DEFAULT_STAGING);
-            let schedule = Schedule::of(compiled, replicas, &Cluster::default(), bounds)
+            let only = match wanted.as_deref() {
+                Some([one]) => Some(Peer::Rank(*one)),
+                _ => None,
+            };
+            let cluster = Cluster::default();
+            let setup = Setup { only, ..Setup::new(replicas, &cluster, bounds) };
+            let schedule = Schedule::of(compiled, &setup)
                 .map_err(|error| Failure { error, files: compiled.files().clone() })?;
-            print_graph(&compiled.program, &schedule.joined())
+            print_graph(&compiled.program, &schedule.joined(), only)
         }
         Stage::Shapes => shapes(compiled, wanted.as_deref(), args.format),
     };

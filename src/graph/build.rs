@@ -2,17 +2,18 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::sync::Arc;
 
 use crate::diag::Diagnostic;
 use crate::ir::Dims;
 use crate::lower::{Program, Unit};
-use crate::shard::{Apart, Layouts, Leaf, Share, Window};
-use crate::topo::{Cluster, RankId};
+use crate::shard::Window;
+use crate::topo::{Cluster, Peer, RankId};
 
-use super::owners::{operands_apart, owned, receivers, tiles_are_whole};
+use super::cuts::{Cuts, Digest, Owned, OwnedPart};
+use super::owners::receivers;
 use super::routes::{Fan, Router};
-use super::shared::{Made, shared_tiles};
 use super::{Bucket, Flow, Graph, Part, SharedTiles};
 
 /// How much memory an update may use for staging, and how it is cut.
@@ -42,8 +43,27 @@ impl Bounds {
     }
 }
 
-/// Builds the graph of some units of a program for a number of replicas. Deterministic: buckets follow the order
-/// of parameters, and of ranks within one.
+/// What a graph is built for.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup<'a> {
+    pub replicas: u32,
+    pub cluster: &'a Cluster,
+    pub fan: Fan,
+    pub bounds: Bounds,
+    /// One process, of which alone the parts and messages are wanted: the decisions, and so the
+    /// digest, are those of all.
+    pub only: Option<Peer>,
+}
+
+impl<'a> Setup<'a> {
+    /// All ranks of some replicas, fed by chains of relays.
+    pub fn new(replicas: u32, cluster: &'a Cluster, bounds: Bounds) -> Self {
+        Setup { replicas, cluster, fan: Fan::Chain, bounds, only: None }
+    }
+}
+
+/// Builds the graph of some units of a program. Deterministic: buckets follow the order of
+/// parameters, and of ranks within one.
 ///
 /// # Errors
 /// E0308 where operands of one element, or a tile that is quantized twice on different grids,
@@ -51,12 +71,9 @@ impl Bounds {
 pub fn build(
     program: &Program,
     units: std::ops::Range<u32>,
-    replicas: u32,
-    cluster: &Cluster,
-    fan: Fan,
-    bounds: Bounds,
+    setup: &Setup<'_>,
 ) -> Result<Graph, Vec<Diagnostic>> {
-    let mut work = Build::new(program, replicas, cluster, fan, bounds);
+    let mut work = Build::new(program, setup);
     let mut order: Vec<u32> = units.collect();
     // What all ranks hold comes before what each holds alone, so that buckets are alike: a relay
     // of one bucket then takes no longer than the making of another.
@@ -73,10 +90,12 @@ pub fn build(
 
 struct Build<'a> {
     program: &'a Program,
-    replicas: u32,
+    setup: &'a Setup<'a>,
     router: Router<'a>,
+    cuts: Cuts<'a>,
     limit: u64,
     graph: Graph,
+    digest: Digest,
     /// Parts of the open bucket by sender and route.
     open: BTreeMap<(u32, u32), Vec<Part>>,
     /// Bytes of the open bucket that each trainer rank makes and each inference rank receives.
@@ -90,21 +109,18 @@ struct Build<'a> {
 }
 
 impl<'a> Build<'a> {
-    fn new(
-        program: &'a Program,
-        replicas: u32,
-        cluster: &'a Cluster,
-        fan: Fan,
-        bounds: Bounds,
-    ) -> Self {
+    fn new(program: &'a Program, setup: &'a Setup<'a>) -> Self {
         let trainers = program.trainers;
-        let ranks = program.ranks.len() as u32 * replicas;
+        let ranks = program.ranks.len() as u32 * setup.replicas;
+        let in_flight = setup.bounds.in_flight;
         Build {
             program,
-            replicas,
-            router: Router::new(cluster, trainers, ranks, fan),
-            limit: bounds.limit(),
-            graph: Graph { trainers, ranks, in_flight: bounds.in_flight, ..Graph::default() },
+            setup,
+            router: Router::new(setup.cluster, trainers, ranks, setup.fan),
+            cuts: Cuts::new(program),
+            limit: setup.bounds.limit(),
+            graph: Graph { trainers, ranks, in_flight, ..Graph::default() },
+            digest: Digest::default(),
             open: BTreeMap::new(),
             made: vec![0; trainers as usize],
             received: vec![0; ranks as usize],
@@ -122,21 +138,19 @@ impl<'a> Build<'a> {
             return;
         }
         let receivers = self.receivers_of(unit);
-        let leaf = unit.expr.leaf();
-        if leaf.is_some_and(|l| !l.sole)
-            && let Err(problem) = tiles_are_whole(self.program, unit)
-        {
-            return self.problems.push(problem);
-        }
-        let (block, phase) = unit.grid();
-        let whole = Window::whole(&unit.shape);
         // What enters a host once is spread over its GPUs slice by slice.
         let limit = (self.limit / if receivers.len() > 8 { 64 } else { 8 }).max(1);
-        slabs(&whole, unit.dtype.size(), block, phase, limit, &mut |slice| {
-            if let Err(problem) = self.slice(id, leaf.as_ref(), &slice, &receivers) {
-                self.problems.push(problem);
-            }
-        });
+        let (key, slices) = match self.cuts.of(unit, limit) {
+            Ok(found) => found,
+            Err(problem) => return self.problems.push(problem),
+        };
+        (id, key, &receivers[..]).hash(&mut self.digest);
+        for slice in slices.iter() {
+            let mut slice = slice.borrow_mut();
+            let choice = slice.choose(&self.sent);
+            let owned = slice.owned(choice, unit);
+            self.pack(id, choice, slice.bytes, &owned, &receivers);
+        }
     }
 
     /// Ranks of all replicas that hold a unit, ascending.
@@ -146,106 +160,62 @@ impl<'a> Build<'a> {
         if let Some(known) = self.receivers.get(&ranks) {
             return Arc::clone(known);
         }
-        let all: Arc<[RankId]> = receivers(self.program, self.replicas, &ranks).into();
+        let all: Arc<[RankId]> = receivers(self.program, self.setup.replicas, &ranks).into();
         self.receivers.insert(ranks, Arc::clone(&all));
         all
     }
 
-    /// Gives each part of a slice its owner, its place in a bucket and its route.
-    fn slice(
+    /// Gives each part of a slice its place in a bucket and its route.
+    fn pack(
         &mut self,
-        id: u32,
-        leaf: Option<&Leaf<'_>>,
-        slice: &Window,
+        unit: u32,
+        choice: usize,
+        bytes: u64,
+        owned: &Owned,
         receivers: &[RankId],
-    ) -> Result<(), Diagnostic> {
-        let program = self.program;
-        let unit = &program.units[id as usize];
-        let of = |source: u32| &*program.sources[source as usize].layout;
-        let layouts = Layouts { of: &of };
-        let apart = |a: Apart| operands_apart(unit, &a.0);
-        let shares = layouts.shares(&unit.expr, slice).map_err(apart)?;
-        let choice = self.replica(unit, &shares);
-        let mut parts: Vec<(u32, Window)> = owned(&shares, choice);
-        // What one rank makes is one part, however many sources it comes from.
-        if parts.iter().all(|p| p.0 == parts[0].0) {
-            parts = vec![(parts[0].0, slice.clone())];
-        }
-        if let Some(leaf) = leaf {
-            let region = leaf.region(slice);
-            let shares = layouts.input_shares(leaf.made, &region).map_err(apart)?;
-            let inputs = owned(&shares, choice);
-            self.shared(id, leaf, &parts, inputs);
-        }
-        self.pack(id, parts, receivers);
-        Ok(())
-    }
-
-    /// Which of the replicas of a slice's parts sends them: the one whose ranks have sent least.
-    fn replica(&self, unit: &Unit, shares: &[Share]) -> usize {
-        let held = || shares.iter().filter_map(|s| Some((s, s.holders.as_deref()?)));
-        let replicas = held().map(|(_, h)| h.len()).max().unwrap_or(1);
-        let load = |choice: &usize| -> u64 {
-            let of = |(s, h): (&Share, &[u32])| {
-                let (values, scales) = unit.bytes_of(&s.window);
-                self.sent[h[choice % h.len()] as usize] + values + scales
-            };
-            held().map(of).max().unwrap_or(0)
-        };
-        (0..replicas).min_by_key(load).unwrap_or(0)
-    }
-
-    fn shared(
-        &mut self,
-        id: u32,
-        leaf: &Leaf<'_>,
-        parts: &[(u32, Window)],
-        inputs: Vec<(u32, Window)>,
     ) {
-        let mut made: Vec<Made> =
-            inputs.into_iter().map(|(owner, window)| Made { window, owner }).collect();
-        // Who makes a part needs its tiles' maxima, whether or not it holds all of their rows.
-        for (owner, window) in parts {
-            let window = leaf.elements(window);
-            let known = |m: &Made| m.owner == *owner && m.window.contains(&window);
-            if !made.iter().any(known) {
-                made.push(Made { window, owner: *owner });
-            }
-        }
-        let graph = &mut self.graph;
-        let block = u64::from(leaf.made.recipe.block);
-        shared_tiles(&made, &leaf.made.extent, block, &mut |tiles, owners| {
-            let start = graph.holders.len() as u32;
-            graph.holders.extend(owners);
-            let holders = start..graph.holders.len() as u32;
-            graph.shared.push(SharedTiles { unit: id, tiles, holders });
-        });
-    }
-
-    fn pack(&mut self, id: u32, parts: Vec<(u32, Window)>, receivers: &[RankId]) {
-        let unit = &self.program.units[id as usize];
-        let parts: Vec<(u32, Part)> = parts
-            .into_iter()
-            .map(|(owner, window)| {
-                let (value_bytes, scale_bytes) = unit.bytes_of(&window);
-                (owner, Part { unit: id, window, value_bytes, scale_bytes })
-            })
-            .collect();
-        let bytes: u64 = parts.iter().map(|p| p.1.bytes()).sum();
         let room = |used: u64, more: u64| used == 0 || used + more <= self.limit;
         let fits = receivers.iter().all(|r| room(self.received[r.0 as usize], bytes))
-            && parts.iter().all(|(t, _)| room(self.made[*t as usize], bytes_of(&parts, *t)));
+            && owned.loads.iter().all(|(t, load)| room(self.made[*t as usize], *load));
         if !fits {
             self.close();
         }
         receivers.iter().for_each(|r| self.received[r.0 as usize] += bytes);
         let heads = self.router.heads(receivers, bytes);
-        for (owner, part) in parts {
-            let route = self.router.route(owner, &heads);
-            let entries = self.router.routes[route as usize].entries.len() as u64;
-            self.made[owner as usize] += part.bytes();
-            self.sent[owner as usize] += part.bytes() * entries;
-            self.open.entry((owner, route)).or_default().push(part);
+        (choice, self.graph.buckets.len()).hash(&mut self.digest);
+        heads.iter().for_each(|(head, _)| head.hash(&mut self.digest));
+        let entries = self.router.entries(&heads);
+        for (owner, load) in &owned.loads {
+            self.made[*owner as usize] += load;
+            self.sent[*owner as usize] += load * entries;
+        }
+        let taken = match self.setup.only {
+            Some(Peer::Rank(rank)) => receivers.contains(&rank),
+            _ => true,
+        };
+        let wanted = |owner: u32| match self.setup.only {
+            Some(Peer::Trainer(only)) => owner == only,
+            _ => taken,
+        };
+        let mut routes: Vec<Option<u32>> = vec![None; heads.len()];
+        for part in owned.parts.iter().filter(|p| wanted(p.owner)) {
+            let first = self.router.first(part.owner, &heads);
+            let route = *routes[first].get_or_insert_with(|| self.router.route(first, &heads));
+            let OwnedPart { window, value_bytes, scale_bytes, .. } = part;
+            self.open.entry((part.owner, route)).or_default().push(Part {
+                unit,
+                window: window.clone(),
+                value_bytes: *value_bytes,
+                scale_bytes: *scale_bytes,
+            });
+        }
+        for (tiles, owners) in &owned.shared {
+            if owners.iter().any(|o| self.setup.only.is_none_or(|p| p == Peer::Trainer(*o))) {
+                let start = self.graph.holders.len() as u32;
+                self.graph.holders.extend(owners);
+                let holders = start..self.graph.holders.len() as u32;
+                self.graph.shared.push(SharedTiles { unit, tiles: tiles.clone(), holders });
+            }
         }
     }
 
@@ -260,9 +230,7 @@ impl<'a> Build<'a> {
             let parts = start..graph.parts.len() as u32;
             graph.flows.push(Flow { from, route, parts, bytes });
         }
-        if graph.flows.len() as u32 > first {
-            graph.buckets.push(Bucket { flows: first..graph.flows.len() as u32 });
-        }
+        graph.buckets.push(Bucket { flows: first..graph.flows.len() as u32 });
         let loads = self.made.iter_mut().chain(&mut self.received);
         for load in loads {
             self.largest = self.largest.max(std::mem::take(load));
@@ -270,7 +238,9 @@ impl<'a> Build<'a> {
     }
 
     fn finish(mut self) -> Result<Graph, Vec<Diagnostic>> {
-        self.close();
+        if self.received.iter().any(|bytes| *bytes > 0) {
+            self.close();
+        }
         if !self.problems.is_empty() {
             return Err(self.problems);
         }
@@ -278,12 +248,10 @@ impl<'a> Build<'a> {
         graph.routes = self.router.routes;
         graph.shared.sort_by_key(|s| s.unit);
         graph.staging_bytes = self.largest * graph.in_flight.min(graph.buckets.len() as u64);
+        (graph.trainers, graph.ranks, graph.staging_bytes).hash(&mut self.digest);
+        graph.digest = self.digest.0.digest128();
         Ok(graph)
     }
-}
-
-fn bytes_of(parts: &[(u32, Part)], owner: u32) -> u64 {
-    parts.iter().filter(|p| p.0 == owner).map(|p| p.1.bytes()).sum()
 }
 
 /// An index or a length with its last two dimensions counted in tiles, rounded up.

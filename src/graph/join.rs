@@ -26,6 +26,9 @@ impl Graph {
                 .map(|s| SharedTiles { holders: moved(&s.holders, holders), ..s.clone() }),
         );
         all.staging_bytes = all.staging_bytes.max(next.staging_bytes);
+        let both: Vec<u8> =
+            [self.digest, next.digest].iter().flat_map(|d| d.to_le_bytes()).collect();
+        all.digest = xxhash_rust::xxh3::xxh3_128(&both);
         all
     }
 }

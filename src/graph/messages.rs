@@ -81,20 +81,4 @@ impl Graph {
         }
         bytes
     }
-
-    /// Hash of the whole schedule: equal on every rank that agrees on it.
-    pub fn digest(&self) -> String {
-        struct Hash(xxhash_rust::xxh3::Xxh3);
-        impl std::hash::Hasher for Hash {
-            fn write(&mut self, bytes: &[u8]) {
-                self.0.update(bytes);
-            }
-            fn finish(&self) -> u64 {
-                self.0.digest()
-            }
-        }
-        let mut hash = Hash(xxhash_rust::xxh3::Xxh3::new());
-        std::hash::Hash::hash(self, &mut hash);
-        format!("{:032x}", hash.0.digest128())
-    }
 }

@@ -3,6 +3,7 @@
 
 mod build;
 mod check;
+mod cuts;
 mod join;
 mod messages;
 mod owners;
@@ -12,7 +13,7 @@ mod shared;
 
 use std::ops::Range;
 
-pub use build::{Bounds, build};
+pub use build::{Bounds, Setup, build};
 pub(crate) use build::{slabs, tiles};
 pub use check::check;
 pub use messages::Message;
@@ -99,4 +100,6 @@ pub struct Graph {
     pub in_flight: u64,
     /// The most that staging ever holds on any rank, in bytes.
     pub staging_bytes: u64,
+    /// Hash of every decision that the schedule rests on: equal on all ranks that agree.
+    pub digest: u128,
 }

@@ -6,19 +6,23 @@ use std::fmt::Write;
 use crate::lower::{Program, TargetKind};
 use crate::topo::{Peer, RankId};
 
-use super::Graph;
+use super::{Graph, Message};
 
 /// A `digraph` with a cluster for each rank that does something, a node for each bucket in it,
 /// and an edge for each message; relays are dashed. The same on every machine.
-pub fn print_graph(program: &Program, graph: &Graph) -> String {
-    let steps = steps(program, graph);
+///
+/// With `only`, just the messages of one process, and the others that it hears from or feeds.
+pub fn print_graph(program: &Program, graph: &Graph, only: Option<Peer>) -> String {
+    let messages: Vec<Vec<Message>> =
+        (0..graph.buckets.len()).map(|bucket| messages(graph, bucket, only)).collect();
+    let steps = steps(program, graph, &messages, only);
     let mut out = String::from("digraph update {\n  rankdir=LR;\n  node [shape=box];\n");
     let _ = writeln!(
         out,
-        "  label=\"{} buckets, staging {} bytes, schedule {}\";",
+        "  label=\"{} buckets, staging {} bytes, schedule {:032x}\";",
         graph.buckets.len(),
         graph.staging_bytes,
-        graph.digest()
+        graph.digest
     );
     for (peer, steps) in &steps {
         let _ = writeln!(out, "  subgraph \"cluster_{}\" {{\n    label=\"{peer}\";", id(*peer));
@@ -31,8 +35,8 @@ pub fn print_graph(program: &Program, graph: &Graph) -> String {
         }
         out.push_str("  }\n");
     }
-    for bucket in 0..graph.buckets.len() {
-        for m in graph.messages(bucket) {
+    for (bucket, messages) in messages.iter().enumerate() {
+        for m in messages {
             let style = if matches!(m.from, Peer::Rank(_)) { ", style=dashed" } else { "" };
             let (from, to) = (node(m.from, bucket), node(Peer::Rank(m.to), bucket));
             let _ = writeln!(out, "  {from} -> {to} [label=\"{} bytes\"{style}];", m.bytes);
@@ -41,12 +45,24 @@ pub fn print_graph(program: &Program, graph: &Graph) -> String {
     out + "}\n"
 }
 
+fn messages(graph: &Graph, bucket: usize, only: Option<Peer>) -> Vec<Message> {
+    let own = |m: &Message| only.is_none_or(|p| m.from == p || Peer::Rank(m.to) == p);
+    graph.messages(bucket).into_iter().filter(own).collect()
+}
+
 /// Text of each rank's steps: one a bucket, then what it computes from what has landed.
-fn steps(program: &Program, graph: &Graph) -> BTreeMap<Peer, BTreeMap<usize, String>> {
+fn steps(
+    program: &Program,
+    graph: &Graph,
+    messages: &[Vec<Message>],
+    only: Option<Peer>,
+) -> BTreeMap<Peer, BTreeMap<usize, String>> {
     let mut steps: BTreeMap<Peer, BTreeMap<usize, String>> = BTreeMap::new();
-    for bucket in 0..graph.buckets.len() {
+    for (bucket, messages) in messages.iter().enumerate() {
+        let senders: BTreeSet<Peer> = messages.iter().map(|m| m.from).collect();
         let mut made: BTreeMap<u32, (usize, u64, BTreeSet<&str>)> = BTreeMap::new();
-        for (_, flow) in graph.flows_of(bucket) {
+        let sent = |from: u32| senders.contains(&Peer::Trainer(from));
+        for (_, flow) in graph.flows_of(bucket).filter(|(_, f)| sent(f.from)) {
             let (parts, bytes, names) = made.entry(flow.from).or_default();
             *bytes += flow.bytes;
             for part in graph.parts_of(flow) {
@@ -62,7 +78,7 @@ fn steps(program: &Program, graph: &Graph) -> BTreeMap<Peer, BTreeMap<usize, Str
             );
             steps.entry(Peer::Trainer(trainer)).or_default().insert(bucket, text);
         }
-        for message in graph.messages(bucket) {
+        for message in messages {
             let text = format!("store {bucket}");
             steps.entry(Peer::Rank(message.to)).or_default().insert(bucket, text);
         }
@@ -72,7 +88,8 @@ fn steps(program: &Program, graph: &Graph) -> BTreeMap<Peer, BTreeMap<usize, Str
         let derived = targets.filter(|t| t.kind == TargetKind::Derived);
         derived.map(|t| t.name.as_str()).collect::<Vec<_>>()
     };
-    for rank in 0..graph.ranks as usize {
+    let shown = |r: &usize| only.is_none_or(|p| p == Peer::Rank(RankId(*r as u64)));
+    for rank in (0..graph.ranks as usize).filter(shown) {
         let names = derived(rank % program.ranks.len());
         if !names.is_empty() {
             let own = steps.entry(Peer::Rank(RankId(rank as u64))).or_default();

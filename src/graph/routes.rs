@@ -56,12 +56,23 @@ impl<'a> Router<'a> {
         out
     }
 
-    /// The route from a trainer rank through the heads of all hosts.
-    pub(super) fn route(&mut self, from: u32, heads: &[(RankId, Vec<RankId>)]) -> u32 {
-        // The trainer rank's own host comes first: its hop is NVLink.
+    /// How often the trainer rank sends what goes by some heads.
+    pub(super) fn entries(&self, heads: &[(RankId, Vec<RankId>)]) -> u64 {
+        match self.fan {
+            Fan::Chain => 1,
+            Fan::Direct => heads.len() as u64,
+        }
+    }
+
+    /// Where the route from a trainer rank begins: on its own host if that is among them, for its
+    /// hop is then NVLink.
+    pub(super) fn first(&self, from: u32, heads: &[(RankId, Vec<RankId>)]) -> usize {
         let home = self.host(Peer::Trainer(from));
-        let first =
-            heads.iter().position(|(h, _)| self.host(Peer::Rank(*h)) == home).unwrap_or(0);
+        heads.iter().position(|(h, _)| self.host(Peer::Rank(*h)) == home).unwrap_or(0)
+    }
+
+    /// The route through the heads of all hosts, from the given one on.
+    pub(super) fn route(&mut self, first: usize, heads: &[(RankId, Vec<RankId>)]) -> u32 {
         let order = || heads[first..].iter().chain(&heads[..first]);
         let mut route = Route { entries: Vec::new(), relays: Vec::new() };
         let mut last: Option<RankId> = None;

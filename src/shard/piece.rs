@@ -152,6 +152,31 @@ impl Expr {
         }
     }
 
+    /// Calls `f` for every view, to change it.
+    pub fn views_mut(&mut self, f: &mut dyn FnMut(&mut View)) {
+        match self {
+            Expr::Load(view) => f(view),
+            Expr::Fill { .. } => {}
+            Expr::Cast { value, .. } | Expr::Scale { value, .. } => value.views_mut(f),
+            Expr::Add { left, right } => {
+                left.views_mut(f);
+                right.views_mut(f);
+            }
+            Expr::Tiles(tiles)
+            | Expr::Codes(tiles)
+            | Expr::Scales { tiles, .. }
+            | Expr::Dequantize { tiles, .. } => match &mut tiles.from {
+                TilesFrom::Stored(stored) => {
+                    f(&mut stored.codes);
+                    f(&mut stored.scales.view);
+                }
+                TilesFrom::Made(made) => {
+                    made.input.iter_mut().for_each(|p| p.expr.views_mut(f));
+                }
+            },
+        }
+    }
+
     pub(super) fn has_tiles(&self) -> bool {
         match self {
             Expr::Load(_) | Expr::Fill { .. } => false,
