@@ -180,7 +180,7 @@ pub fn run_to_files(
     let program = &compiled.program;
     // The files are replica 0's: the others would hold the same.
     let (cluster, bounds) = (Cluster::default(), Bounds::with_staging(options.staging));
-    let schedule = Schedule::of(compiled, &Setup::new(1, &cluster, bounds))?;
+    let schedule = Schedule::of(compiled, &Setup::for_threads(1, &cluster, bounds))?;
     let graph = schedule.joined();
     let files = FileRows::bind(program, checkpoint)?;
     let fenced = (0..program.trainers).map(|rank| Fenced { program, rank, rows: &files });

@@ -108,7 +108,8 @@ pub fn update(
     options: &Options<'_>,
 ) -> Result<Report> {
     let (replicas, bounds) = (compiled.mesh.replicas as u32, Bounds::with_staging(staging));
-    let schedule = Schedule::of(compiled, &Setup::new(replicas, &Cluster::default(), bounds))?;
+    let schedule =
+        Schedule::of(compiled, &Setup::for_threads(replicas, &Cluster::default(), bounds))?;
     update_agreed(compiled, &schedule, trainers, targets, options)
 }
 

@@ -91,8 +91,11 @@ fn update(compiled: &Compiled, schedule: &Schedule) -> Result<(Memory, u64), Err
 
 fn schedule(compiled: &Compiled) -> Schedule {
     let cluster = Cluster::default();
-    Schedule::of(compiled, &graph::Setup::new(2, &cluster, Bounds::with_staging(1 << 20)))
-        .unwrap()
+    Schedule::of(
+        compiled,
+        &graph::Setup::for_threads(2, &cluster, Bounds::with_staging(1 << 20)),
+    )
+    .unwrap()
 }
 
 const FIRST: [u64; 8] = [0, 1, 2, 3, 4, 5, 0, 1];
@@ -132,7 +135,7 @@ fn a_changed_map_changes_the_experts_part_alone() {
     let agreed = schedule(&before);
     let cluster = Cluster::default();
     let remapped = agreed
-        .remap(&after, &graph::Setup::new(2, &cluster, Bounds::with_staging(1 << 20)))
+        .remap(&after, &graph::Setup::for_threads(2, &cluster, Bounds::with_staging(1 << 20)))
         .unwrap();
     assert_eq!(remapped.fixed, agreed.fixed);
     assert_ne!(remapped.mapped, agreed.mapped);
@@ -162,7 +165,7 @@ fn a_plan_that_differs_in_more_than_the_map_needs_a_new_schedule() {
     let mut other = compiled(&SECOND, "fsdp=1");
     other.program.units.remove(0);
     let cluster = Cluster::default();
-    let e =
-        agreed.remap(&other, &graph::Setup::new(2, &cluster, Bounds::with_staging(1 << 20)));
+    let e = agreed
+        .remap(&other, &graph::Setup::for_threads(2, &cluster, Bounds::with_staging(1 << 20)));
     assert_eq!(e.unwrap_err().diagnostics[0].code, "E0305");
 }

@@ -12,6 +12,7 @@ use crate::shard::Window;
 use crate::topo::{Cluster, Peer, RankId};
 
 use super::cuts::{Cuts, Digest, Owned, OwnedPart};
+use super::fan;
 use super::owners::receivers;
 use super::routes::{Fan, Router};
 use super::{Bucket, Flow, Graph, Part, SharedTiles};
@@ -38,7 +39,7 @@ impl Bounds {
         Bounds { staging, in_flight: 2, bucket: 128 << 20 }
     }
 
-    fn limit(&self) -> u64 {
+    pub(super) fn limit(&self) -> u64 {
         (self.staging / self.in_flight).clamp(1, self.bucket)
     }
 }
@@ -48,7 +49,8 @@ impl Bounds {
 pub struct Setup<'a> {
     pub replicas: u32,
     pub cluster: &'a Cluster,
-    pub fan: Fan,
+    /// None for the one that the cost model finds faster.
+    pub fan: Option<Fan>,
     pub bounds: Bounds,
     /// One process, of which alone the parts and messages are wanted: the decisions, and so the
     /// digest, are those of all.
@@ -56,9 +58,15 @@ pub struct Setup<'a> {
 }
 
 impl<'a> Setup<'a> {
-    /// All ranks of some replicas, fed by chains of relays.
+    /// All ranks of some replicas, fed as the cost model finds best.
     pub fn new(replicas: u32, cluster: &'a Cluster, bounds: Bounds) -> Self {
-        Setup { replicas, cluster, fan: Fan::Chain, bounds, only: None }
+        Setup { replicas, cluster, fan: None, bounds, only: None }
+    }
+
+    /// The same for threads of one process, which no NIC slows: every byte leaves the trainer
+    /// ranks once.
+    pub fn for_threads(replicas: u32, cluster: &'a Cluster, bounds: Bounds) -> Self {
+        Setup { fan: Some(Fan::Chain), ..Setup::new(replicas, cluster, bounds) }
     }
 }
 
@@ -113,10 +121,13 @@ impl<'a> Build<'a> {
         let trainers = program.trainers;
         let ranks = program.ranks.len() as u32 * setup.replicas;
         let in_flight = setup.bounds.in_flight;
+        let fan = setup.fan.unwrap_or_else(|| {
+            fan::choose(program, setup.replicas, setup.cluster, setup.bounds)
+        });
         Build {
             program,
             setup,
-            router: Router::new(setup.cluster, trainers, ranks, setup.fan),
+            router: Router::new(setup.cluster, trainers, ranks, fan),
             cuts: Cuts::new(program),
             limit: setup.bounds.limit(),
             graph: Graph { trainers, ranks, in_flight, ..Graph::default() },

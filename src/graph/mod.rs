@@ -4,6 +4,7 @@
 mod build;
 mod check;
 mod cuts;
+mod fan;
 mod join;
 mod messages;
 mod owners;

@@ -110,7 +110,7 @@ fn check_traffic(compiled: &Compiled, report: &Report) {
     for (rank, received) in report.received_bytes.iter().enumerate() {
         assert_eq!(*received, distinct(rank % program.ranks.len()), "bytes of rank {rank}");
     }
-    // On one host or a chain of hosts every byte leaves the trainers once.
+    // Every byte leaves the trainers once.
     let all: u64 = program.units.iter().filter(|u| !u.is_constant()).map(|u| u.bytes()).sum();
     assert_eq!((report.sent_bytes, report.made_bytes), (all, all), "bytes of the trainers");
     assert_eq!(
