@@ -137,7 +137,7 @@ fn one_tensor(plan: &str) -> (tempfile::TempDir, String, String) {
     let header = br#"{"w":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}"#;
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header);
-    bytes.extend([0; 64]);
+    bytes.extend(0..64u8);
     std::fs::write(model.join("model.safetensors"), bytes).unwrap();
     let path = dir.path().join("p.rhai");
     std::fs::write(&path, plan).unwrap();
@@ -233,4 +233,52 @@ fn the_digest_does_not_depend_on_how_the_plan_is_named() {
     let named =
         ["plans/quickstart.rhai", "./plans/quickstart.rhai", absolute.to_str().unwrap()];
     assert_eq!(named.map(digest)[..2], [digest(named[2]), digest(named[2])]);
+}
+
+/// A matrix over a trainer mesh that a manifest gives; and the same from one rank.
+#[test]
+fn a_source_manifest_places_tensors_and_the_files_are_the_same() {
+    let (dir, plan, model) =
+        one_tensor("at(\"\")[\"w\"] = at(\"\").src(\"w\", [4, 4], f32).shard(0, tp);");
+    let manifest = dir.path().join("sources.json");
+    std::fs::write(
+        &manifest,
+        r#"{"schema": 1, "mesh": [["replicate", 2], ["fsdp", 3]], "tensors": [
+            {"name": "w", "dtype": "float32", "shape": [4, 4], "placements": ["R", "S(1)"]}]}"#,
+    )
+    .unwrap();
+    let manifest = manifest.to_str().unwrap();
+    let files = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let out = out.to_str().unwrap();
+        let args = ["run", &plan, "--model", &model, "--infer", "tp=2", "--out", out];
+        stdout(&[&args[..], more].concat());
+        let file = |r: u32| format!("{out}/rank-{r}/model-rank-{r}-part-0.safetensors");
+        [0, 1].map(|r| std::fs::read(file(r)).unwrap())
+    };
+    let whole = files("whole", &[]);
+    assert_eq!(files("placed", &["--source-manifest", manifest]), whole);
+    assert_eq!(files("sharded", &["--train", "fsdp=3"]), whole);
+    let both = ["dry-run", &plan, "--train", "fsdp=2", "--source-manifest", manifest];
+    assert_eq!(engine(&both).status.code(), Some(2));
+}
+
+#[test]
+fn simulate_predicts_and_says_it_as_json() {
+    let args =
+        ["simulate", "plans/quickstart.rhai", "--train", "fsdp=8", "--infer", "tp=8,ep=8"];
+    assert!(stdout(&args).contains("roofline"));
+    let json = stdout(&[&args[..], &["--format", "json"]].concat());
+    let report: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(report["schema"], 1);
+    let ranks = report["ranks"].as_array().unwrap();
+    let sum = |key: &str, side: &str| -> u64 {
+        let own = ranks.iter().filter(|r| r["side"] == side);
+        own.map(|r| r[key].as_u64().unwrap()).sum()
+    };
+    assert_eq!(ranks.len(), 16);
+    assert_eq!(sum("sent", "trainer"), report["bytes"]["wire"].as_u64().unwrap());
+    let moved = sum("sent", "trainer") + sum("relayed", "inference");
+    assert_eq!(sum("received", "inference"), moved);
+    assert!(report["predicted_s"].as_f64() >= report["roofline_s"].as_f64());
 }

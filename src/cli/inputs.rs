@@ -34,6 +34,10 @@ pub(super) enum Weights {
 pub(super) fn load(args: &PlanArgs, weights: Weights) -> std::result::Result<Loaded, Failure> {
     let text = read_plan(&args.plan)?;
     let name = args.plan.display().to_string();
+    if args.train.is_some() && args.source_manifest.is_some() {
+        let text = "--train and --source-manifest both say where the sources are";
+        return Err(misused(Diagnostic::error("E0109", text).hint("give one of them")).into());
+    }
     let manifest = match &args.source_manifest {
         Some(path) => Some(SourceManifest::read(path)?),
         None => None,

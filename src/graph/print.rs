@@ -19,7 +19,7 @@ pub fn print_graph(program: &Program, graph: &Graph, only: Option<Peer>) -> Stri
     let mut out = String::from("digraph update {\n  rankdir=LR;\n  node [shape=box];\n");
     let _ = writeln!(
         out,
-        "  label=\"{} buckets, staging {} bytes, schedule {:032x}\";",
+        "  label=\"buckets {}, staging {} bytes, schedule {:032x}\";",
         graph.buckets.len(),
         graph.staging_bytes,
         graph.digest
