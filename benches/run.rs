@@ -75,6 +75,7 @@ fn compiled(model: &OpenModel, quant: &str) -> Compiled {
         open_model: &|_| Err(Diagnostic::error("E0417", "no input").into()),
         mesh: Some(InferMesh::parse("tp=2").expect("axes")),
         train: TrainMesh::single(),
+        placements: None,
         options: [("quant".to_owned(), quant.to_owned())].into(),
         target: Default::default(),
         experts: Default::default(),

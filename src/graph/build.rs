@@ -11,7 +11,7 @@ use crate::lower::{Program, Unit};
 use crate::shard::Window;
 use crate::topo::{Cluster, Peer, RankId};
 
-use super::cuts::{Cuts, Digest, Owned, OwnedPart};
+use super::cuts::{Cuts, Digest, Owned, OwnedPart, Slices};
 use super::fan;
 use super::owners::receivers;
 use super::routes::{Fan, Router};
@@ -85,14 +85,15 @@ pub fn build(
     let mut order: Vec<u32> = units.collect();
     // What all ranks hold comes before what each holds alone, so that buckets are alike: a relay
     // of one bucket then takes no longer than the making of another.
-    order.sort_by_key(|u| {
+    let key = |u: &u32| {
         let unit = &program.units[*u as usize];
         let first = unit.receivers.first();
-        (Reverse(unit.receivers.len()), first.map(|r| (r.target, r.place, r.rank)))
+        (Reverse(unit.receivers.len()), first.map(|r| (r.target, r.place)))
+    };
+    order.sort_by_key(|u| {
+        (key(u), program.units[*u as usize].receivers.first().map(|r| r.rank))
     });
-    for unit in order {
-        work.unit(unit);
-    }
+    order.chunk_by(|a, b| key(a) == key(b)).for_each(|units| work.units(units));
     work.finish()
 }
 
@@ -142,25 +143,40 @@ impl<'a> Build<'a> {
         }
     }
 
-    fn unit(&mut self, id: u32) {
+    /// Packs units of different ranks side by side, so that all ranks are busy in every bucket.
+    fn units(&mut self, ids: &[u32]) {
+        let cut: Vec<(u32, Slices, Arc<[RankId]>)> =
+            ids.iter().filter_map(|id| self.cut(*id)).collect();
+        let most = cut.iter().map(|(_, slices, _)| slices.len()).max().unwrap_or(0);
+        for i in 0..most {
+            for (id, slices, receivers) in &cut {
+                let Some(slice) = slices.get(i) else { continue };
+                let mut slice = slice.borrow_mut();
+                let choice = slice.choose(&self.sent);
+                let owned = slice.owned(choice, &self.program.units[*id as usize]);
+                self.pack(*id, choice, slice.bytes, &owned, receivers);
+            }
+        }
+    }
+
+    /// The slices of a unit and who needs them.
+    fn cut(&mut self, id: u32) -> Option<(u32, Slices, Arc<[RankId]>)> {
         let unit = &self.program.units[id as usize];
         // Constants need no trainer.
         if unit.shape.contains(&0) || unit.is_constant() {
-            return;
+            return None;
         }
         let receivers = self.receivers_of(unit);
-        // What enters a host once is spread over its GPUs slice by slice.
-        let limit = (self.limit / if receivers.len() > 8 { 64 } else { 8 }).max(1);
-        let (key, slices) = match self.cuts.of(unit, limit) {
-            Ok(found) => found,
-            Err(problem) => return self.problems.push(problem),
-        };
-        (id, key, &receivers[..]).hash(&mut self.digest);
-        for slice in slices.iter() {
-            let mut slice = slice.borrow_mut();
-            let choice = slice.choose(&self.sent);
-            let owned = slice.owned(choice, unit);
-            self.pack(id, choice, slice.bytes, &owned, &receivers);
+        // Small enough to spread what enters a host over its GPUs, and to stay in a cache.
+        match self.cuts.of(unit, (self.limit / 64).max(1)) {
+            Ok((key, slices)) => {
+                (id, key, &receivers[..]).hash(&mut self.digest);
+                Some((id, slices, receivers))
+            }
+            Err(problem) => {
+                self.problems.push(problem);
+                None
+            }
         }
     }
 
