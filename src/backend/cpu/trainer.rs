@@ -11,7 +11,7 @@ use crate::diag::Diagnostic;
 use crate::graph::{Part, SharedTiles, slabs};
 use crate::lower::Unit;
 use crate::shard::{Layouts, Window};
-use crate::topo::RankId;
+use crate::topo::{Peer, RankId};
 
 use super::partial::{Agreed, Partial, maxima};
 use super::rank::{Load, Message};
@@ -123,15 +123,14 @@ impl Trainer<'_> {
             if let Some(amax) = self.early.remove(&(from, agreed)) {
                 return Ok(amax);
             }
-            match wait(self.shared, self.mailbox) {
-                Ok(note) => {
-                    self.early.insert((note.from, note.agreed), note.amax);
-                }
-                Err(_) => {
-                    let what = "answer in the amax exchange";
-                    return Err(self.shared.late(&format!("trainer {from}"), what));
-                }
-            }
+            let (own, other) = (Peer::Trainer(self.rank), Peer::Trainer(from));
+            self.shared.waits_for(own, Some(other));
+            let Ok(note) = wait(self.shared, self.mailbox) else {
+                let who = self.shared.behind(other).to_string();
+                return Err(self.shared.late(&who, "answer in the amax exchange"));
+            };
+            self.shared.waits_for(own, None);
+            self.early.insert((note.from, note.agreed), note.amax);
         }
     }
 
