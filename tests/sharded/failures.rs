@@ -60,7 +60,7 @@ impl Rows for Moody<'_> {
     }
 }
 
-struct Nowhere;
+pub struct Nowhere;
 
 impl Sink for Nowhere {
     fn write(&self, _: usize, _: Part, _: Strided, _: &[u8]) -> Result<(), Diagnostic> {
@@ -85,7 +85,7 @@ fn graph(compiled: &Compiled, staging: u64) -> Graph {
     graph
 }
 
-fn own<'a>(compiled: &'a Compiled, local: &'a [Local], rank: u32) -> Shards<'a> {
+pub fn own<'a>(compiled: &'a Compiled, local: &'a [Local], rank: u32) -> Shards<'a> {
     let program = &compiled.program;
     let held = program.sources.iter().map(|s| s.layout.held(rank)).collect();
     Shards { program, rank, tensors: local.iter().map(|l| &l.3[..]).collect(), held }

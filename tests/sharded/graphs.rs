@@ -1,11 +1,15 @@
 //! Graphs are equal wherever they are built, and the verifier finds what is wrong with one.
 
+use std::time::Duration;
+
+use kernelcast::backend::cpu::{FiniteCheck, Options, Rows, Shards, Sink, run};
 use kernelcast::compile::Compiled;
 use kernelcast::dtype::DType;
 use kernelcast::graph::{Bounds, Fan, Graph, Route, build, check};
 use kernelcast::topo::Cluster;
 
-use crate::world::Case;
+use crate::failures::{Nowhere, own};
+use crate::world::{Case, Local, shards};
 
 /// A dense matrix that all ranks hold, experts, and a vector.
 fn case(train: &str, infer: &str) -> Case {
@@ -142,4 +146,36 @@ fn the_verifier_finds_every_way_to_spoil_a_graph() {
         }
     }
     assert_eq!(missed, [""; 0], "not found");
+}
+
+/// Who holds what is not proven before an update; a reader refuses to give another rank's rows.
+#[test]
+fn a_wrong_sender_or_a_tile_that_is_not_agreed_on_ends_the_update() {
+    let spoiled: [(&str, Spoil); 4] = [
+        ("no tile is agreed on", |g| g.shared.clear()),
+        ("the collector is left out", |g| g.shared[0].holders.start += 1),
+        ("a holder is left out", |g| g.shared.last_mut().unwrap().holders.end -= 1),
+        ("another trainer sends", |g| g.flows[0].from = (g.flows[0].from + 1) % g.trainers),
+    ];
+    let case = case("fsdp=5", "tp=2");
+    let compiled = case.compile().expect("the plan is right");
+    let graph = graph_of(&compiled, Fan::Chain);
+    let trainers = 0..compiled.program.trainers;
+    let local: Vec<Vec<Local>> =
+        trainers.clone().map(|t| shards(&compiled, &case.world, t)).collect();
+    let rows: Vec<Shards<'_>> =
+        trainers.map(|t| own(&compiled, &local[t as usize], t)).collect();
+    let rows: Vec<&dyn Rows> = rows.iter().map(|r| r as &dyn Rows).collect();
+    let sinks: [&dyn Sink; 2] = [&Nowhere, &Nowhere];
+    let timeout = Duration::from_secs(2);
+    let options = Options { finite: FiniteCheck::During, timeout, progress: &|_| {} };
+    run(&compiled.program, &graph, &rows, &sinks, &options)
+        .expect("it is right as it was built");
+    for (what, spoil) in spoiled {
+        let mut graph = graph.clone();
+        spoil(&mut graph);
+        let done = run(&compiled.program, &graph, &rows, &sinks, &options);
+        let e = done.map(|_| ()).expect_err(what);
+        assert_eq!((e.exit_code(), e.diagnostics[0].code), (3, "E0502"), "{what}");
+    }
 }

@@ -79,6 +79,7 @@ pub(super) fn inference_rank(
             }
         }
     }
+    shared.ended(Peer::Rank(own));
     received
 }
 
@@ -104,10 +105,9 @@ fn late(shared: &Shared<'_>, flow: u32, rank: RankId) -> Failure {
     let bucket = shared.graph.buckets.partition_point(|b| b.flows.end <= flow);
     let sender = sender(shared.graph, flow, rank);
     let who = shared.behind(sender);
-    let step = match (who == sender, who) {
-        (true, _) => format!("send bucket {bucket} to rank {rank}"),
-        (false, Peer::Trainer(_)) => format!("do its part of bucket {bucket} for rank {rank}"),
-        (false, Peer::Rank(_)) => format!("pass on bucket {bucket} for rank {rank}"),
+    let step = match who == sender {
+        true => format!("send bucket {bucket} to rank {rank}"),
+        false => format!("do its part of bucket {bucket} for rank {rank}"),
     };
     shared.late(&who.to_string(), &step)
 }

@@ -74,8 +74,11 @@ pub(super) struct Shared<'a> {
     suspects: Mutex<BTreeSet<usize>>,
 }
 
-/// Stands for no rank among those that are waited for.
+/// Stand for no rank among those that are waited for: one that works, one that waits for memory
+/// which some rank still reads, and one that has ended.
 const NOBODY: u32 = u32::MAX;
+const MEMORY: u32 = u32::MAX - 1;
+const ENDED: u32 = u32::MAX - 2;
 
 /// Bytes so far.
 #[derive(Default)]
@@ -285,12 +288,27 @@ impl Shared<'_> {
         self.waits[self.number(rank) as usize].store(other, Ordering::Relaxed);
     }
 
-    /// Who is behind a rank that is late: itself, unless it waits for another in turn.
+    pub(super) fn waits_for_memory(&self, trainer: u32) {
+        self.waits[trainer as usize].store(MEMORY, Ordering::Relaxed);
+    }
+
+    pub(super) fn ended(&self, rank: Peer) {
+        self.waits[self.number(rank) as usize].store(ENDED, Ordering::Relaxed);
+    }
+
+    /// Who is behind a rank that is late: itself, unless it waits for another in turn; for
+    /// memory, an inference rank that waits for nobody and has not ended.
     pub(super) fn behind(&self, late: Peer) -> Peer {
+        let state = |number: u32| self.waits[number as usize].load(Ordering::Relaxed);
         let mut number = self.number(late);
         for _ in 0..self.waits.len() {
-            match self.waits[number as usize].load(Ordering::Relaxed) {
-                NOBODY => break,
+            let mut ranks = self.graph.trainers..self.waits.len() as u32;
+            match state(number) {
+                NOBODY | ENDED => break,
+                MEMORY => match ranks.find(|r| state(*r) == NOBODY) {
+                    Some(rank) => number = rank,
+                    None => break,
+                },
                 next => number = next,
             }
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
 use crate::diag::Diagnostic;
@@ -167,11 +167,16 @@ impl Trainer<'_> {
         home: &Sender<Vec<u8>>,
     ) -> Fallible<(Arc<Load>, Vec<usize>)> {
         let (shared, graph) = (self.shared, self.shared.graph);
-        let mut bytes = wait(shared, free).map_err(|e| match e {
-            RecvTimeoutError::Timeout => shared
-                .late("an inference rank", &format!("let go of memory for bucket {bucket}")),
-            RecvTimeoutError::Disconnected => shared.late("a rank", "answer"),
-        })?;
+        let me = Peer::Trainer(self.rank);
+        shared.waits_for_memory(self.rank);
+        let Ok(mut bytes) = wait(shared, free) else {
+            let who = match shared.behind(me) {
+                Peer::Rank(rank) => format!("rank {rank}"),
+                Peer::Trainer(_) => "an inference rank".to_owned(),
+            };
+            return Err(shared.late(&who, &format!("let go of memory for bucket {bucket}")));
+        };
+        shared.waits_for(me, None);
         let mut starts = Vec::with_capacity(own.len());
         let mut total = 0;
         for flow in own {
