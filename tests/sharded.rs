@@ -125,26 +125,30 @@ fn pipeline_stages_become_tensor_parallelism() {
 #[test]
 fn replicas_of_the_trainer_send_alike() {
     let text = "
-        for l in 0..24 {
+        for l in 0..96 {
             let m = at(`layers.${l}`);
             m[\"w\"] = m.src(\"w\", [128, 64 + 8 * (l % 5)]).quantize(fp8::vllm);
         }";
-    let mut case = Case::new(text, "dp_replicate=2,fsdp=4", "tp=2");
-    for l in 0..24 {
+    let mut case = Case::new(text, "", "tp=2");
+    for l in 0..96 {
         case = case.with(&format!("layers.{l}.w"), DType::Bf16, &[128, 64 + 8 * (l % 5)]);
     }
-    case.check();
-    let compiled = case.compile().expect("it was compiled above");
-    let bounds = Bounds::with_staging(case.staging);
-    let graph = build(&compiled.program, 1, &Cluster::default(), Fan::Chain, bounds);
-    let graph = graph.expect("every tile has an owner");
-    check(&compiled.program, &graph).expect("it is proven");
-    let mut sent = vec![0; graph.trainers as usize];
-    for flow in &graph.flows {
-        sent[flow.from as usize] += flow.bytes * graph.route(flow).entries.len() as u64;
+    // Without tensor parallelism in the plan, tp ranks are replicas too.
+    for train in ["dp_replicate=2,fsdp=4", "dp_replicate=4,fsdp=2", "fsdp=2,tp=4", "tp=8"] {
+        case.train = train.to_owned();
+        case.check();
+        let compiled = case.compile().expect("it was compiled above");
+        let bounds = Bounds::with_staging(case.staging);
+        let graph = build(&compiled.program, 1, &Cluster::default(), Fan::Chain, bounds);
+        let graph = graph.expect("every tile has an owner");
+        check(&compiled.program, &graph).expect("it is proven");
+        let mut sent = vec![0; graph.trainers as usize];
+        for flow in &graph.flows {
+            sent[flow.from as usize] += flow.bytes * graph.route(flow).entries.len() as u64;
+        }
+        let (most, all) = (sent.iter().max().copied().unwrap_or(0), sent.iter().sum::<u64>());
+        assert!(most as f64 * 8.0 <= 1.1 * all as f64, "{train}: {sent:?}");
     }
-    let (most, all) = (sent.iter().max().copied().unwrap_or(0), sent.iter().sum::<u64>());
-    assert!(most as f64 * 8.0 <= 1.1 * all as f64, "{sent:?}");
 }
 
 #[test]

@@ -92,3 +92,25 @@ fn experts_that_do_not_divide() {
         }
     }
 }
+
+#[test]
+fn quantized_experts_keep_their_codes_wherever_they_are_cut() {
+    let text = "
+        let m = at(\"experts\");
+        m[\"w\"] = m.src(\"w\", [8, 256, 200]).experts(ep).refine(64);
+        m[\"v\"] = stack(0..8, |e| m.src(`${e}.v`, [200, 256])).experts(ep).dequantize(bf16);";
+    for train in ["fsdp=8,ep=4", "fsdp=6,ep=2,expert_fsdp_dim=0", "fsdp=5", "pp=2,fsdp=4,ep=2"]
+    {
+        let mut case = Case::new(text, train, "tp=2,ep=2")
+            .with("experts.w", DType::E4m3, &[EXPERTS, 256, 200])
+            .with("experts.w_scale_inv", DType::F32, &[EXPERTS, 2, 2]);
+        for e in 0..EXPERTS {
+            case = case.with(&format!("experts.{e}.v"), DType::E4m3, &[200, 256]).with(
+                &format!("experts.{e}.v_scale_inv"),
+                DType::Bf16,
+                &[2, 2],
+            );
+        }
+        assert_eq!(case.check().amax_bytes, 0, "{train}");
+    }
+}

@@ -10,6 +10,7 @@ use kernelcast::dtype::DType;
 use kernelcast::error::Error;
 use kernelcast::graph::{Bounds, Fan, Graph, build};
 use kernelcast::lower::Part;
+use kernelcast::memory::{Sources, Targets, update};
 use kernelcast::shard::Storage;
 use kernelcast::topo::Cluster;
 
@@ -170,4 +171,35 @@ fn a_reader_with_a_bug_is_an_error_that_names_its_rank() {
 fn the_update_after_a_failure_works() {
     failed(1, Mood::Fails, When::Exchange, FiniteCheck::During);
     case().check();
+}
+
+#[test]
+fn shards_of_other_shapes_are_refused_together_with_their_ranks() {
+    let case = case();
+    let compiled = case.compile().expect("the plan is right");
+    let local: Vec<Vec<Local>> =
+        (0..RANKS).map(|t| shards(&compiled, &case.world, t)).collect();
+    let sources = |rank: usize| {
+        let (name, dtype, shape, bytes) = &local[rank][0];
+        let mut sources = Sources::default();
+        match rank {
+            1 => {}
+            2 => sources.add(name, *dtype, &[COLUMNS, shape[0]], bytes).expect("it fits"),
+            3 => sources.add(name, DType::F16, shape, bytes).expect("it fits"),
+            _ => sources.add(name, *dtype, shape, bytes).expect("it fits"),
+        }
+        sources
+    };
+    let trainers: Vec<Sources<'_>> = (0..RANKS as usize).map(sources).collect();
+    let options = Options { finite: FiniteCheck::During, timeout: TIMEOUT, progress: &|_| {} };
+    let refused = |trainers: &[Sources<'_>]| -> Vec<String> {
+        let done = update(&compiled, trainers, &mut Targets::default(), 1 << 20, &options);
+        let e = done.expect_err("sources are missing");
+        assert!(e.diagnostics.iter().all(|d| d.code == "E0401"));
+        e.diagnostics.into_iter().map(|d| d.message).collect()
+    };
+    let missing =
+        |rank: u32| format!("w bf16 [300, 128] is not among the sources of trainer {rank}");
+    assert_eq!(refused(&trainers), [missing(1), missing(2), missing(3)]);
+    assert_eq!(refused(&trainers[..1]), ["1 trainer ranks, the plan has 4"]);
 }

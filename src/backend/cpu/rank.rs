@@ -146,6 +146,10 @@ fn store(
 ) -> Result<(), Diagnostic> {
     let mut start = 0;
     for part in shared.graph.parts_of(&shared.graph.flows[flow as usize]) {
+        // What is left would be torn anyhow.
+        if shared.stopped() {
+            break;
+        }
         let unit = &shared.program.units[part.unit as usize];
         let (values, end) = (start + part.value_bytes as usize, start + part.bytes() as usize);
         let own = unit.receivers.iter().filter(|r| r.rank as usize == rank);
