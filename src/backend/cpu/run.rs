@@ -68,6 +68,8 @@ pub(super) struct Shared<'a> {
     stop: AtomicBool,
     /// Whom each trainer rank and then each inference rank waits for, as such a number.
     waits: Vec<AtomicU32>,
+    /// Reads under way for each trainer rank: one that hangs may hold up threads of others.
+    reads: &'a [AtomicU32],
     /// The first failure; later ones are its echoes.
     failure: Mutex<Option<Failure>>,
     /// Units in which something that is not finite was seen.
@@ -111,9 +113,11 @@ pub fn run(
     if rows.len() != graph.trainers as usize || sinks.len() != graph.ranks as usize {
         return Err(Diagnostic::error("E0502", "a graph for other numbers of ranks").into());
     }
+    let reads: Vec<AtomicU32> = rows.iter().map(|_| AtomicU32::new(0)).collect();
     let named = rows.iter().zip(0..).map(|(rows, rank)| Named {
         rows: *rows,
         rank,
+        reads: &reads[rank as usize],
         alone: graph.trainers == 1,
     });
     let named: Vec<Named<'_>> = named.collect();
@@ -129,6 +133,7 @@ pub fn run(
         counts: Counts::default(),
         stop: AtomicBool::new(false),
         waits: (0..graph.trainers + graph.ranks).map(|_| AtomicU32::new(NOBODY)).collect(),
+        reads: &reads,
         failure: Mutex::new(None),
         suspects: Mutex::new(BTreeSet::new()),
     };
@@ -183,6 +188,7 @@ fn stopped_at_a_bug(who: &str, panic: &(dyn Any + Send)) -> Diagnostic {
 struct Named<'a> {
     rows: &'a dyn Rows,
     rank: u32,
+    reads: &'a AtomicU32,
     alone: bool,
 }
 
@@ -194,7 +200,10 @@ impl Rows for Named<'_> {
         buf: &mut [u8],
     ) -> std::result::Result<(), Diagnostic> {
         let name = Peer::Trainer(self.rank);
-        match catch_unwind(AssertUnwindSafe(|| self.rows.read(storage, rows, buf))) {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let done = catch_unwind(AssertUnwindSafe(|| self.rows.read(storage, rows, buf)));
+        self.reads.fetch_sub(1, Ordering::Relaxed);
+        match done {
             Ok(Err(d)) if !self.alone => Err(d.note(format!("it was read for {name}"))),
             Ok(done) => done,
             Err(panic) => Err(stopped_at_a_bug(&name.to_string(), &*panic)),
@@ -311,6 +320,10 @@ impl Shared<'_> {
                 },
                 next => number = next,
             }
+        }
+        let reads = |t: u32| self.reads[t as usize].load(Ordering::Relaxed) > 0;
+        if number < self.graph.trainers && !reads(number) {
+            number = (0..self.graph.trainers).find(|t| reads(*t)).unwrap_or(number);
         }
         match number.checked_sub(self.graph.trainers) {
             Some(rank) => Peer::Rank(RankId(u64::from(rank))),
