@@ -44,7 +44,7 @@ fn compiled(map: &[u64], train: &str) -> Compiled {
 
 /// Whole tensors; bf16 of different size in each expert.
 fn tensors() -> Vec<(String, Vec<u64>, Vec<u8>)> {
-    let value = |seed: u64| (0x3C00 + (seed * 2_654_435_761 >> 7) % 0x0300) as u16;
+    let value = |seed: u64| (0x3C00 + ((seed * 2_654_435_761) >> 7) % 0x0300) as u16;
     let filled = |tag: u64, count: u64| -> Vec<u8> {
         (0..count).flat_map(|i| value(i + 100_000 * tag).to_le_bytes()).collect()
     };
@@ -101,9 +101,12 @@ fn schedule(compiled: &Compiled) -> Schedule {
 const FIRST: [u64; 8] = [0, 1, 2, 3, 4, 5, 0, 1];
 const SECOND: [u64; 8] = [5, 4, 3, 2, 1, 0, 5, 5];
 
+/// Codes and scales.
+type Bytes<'a> = (&'a [u8], &'a [u8]);
+
 /// Each slot holds its expert's codes and scales, on every replica.
 fn check(memory: &Memory, map: &[u64]) {
-    let mut of: BTreeMap<u64, BTreeSet<(&[u8], &[u8])>> = BTreeMap::new();
+    let mut of: BTreeMap<u64, BTreeSet<Bytes<'_>>> = BTreeMap::new();
     for (slot, expert) in map.iter().enumerate() {
         for replica in 0..2 {
             let rank = replica * 4 + slot as u64 / 2;

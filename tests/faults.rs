@@ -141,6 +141,8 @@ fn a_rank_that_hangs_is_named_within_the_time_limit() {
     let e = update(&ones(), [Mood::Fine, Mood::Hangs], FiniteCheck::During, false).unwrap_err();
     assert_eq!((e.kind, e.exit_code()), (ErrorKind::Device, 3));
     assert_eq!(e.diagnostics[0].code, "E0604");
+    let message = &e.diagnostics[0].message;
+    assert!(message.starts_with("rank 1 did not"), "{message}");
     an_update_reaches_both_ranks();
 }
 

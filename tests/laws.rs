@@ -8,6 +8,8 @@ mod cpu;
 mod limits;
 #[path = "laws/pieces.rs"]
 mod pieces;
+#[path = "laws/train.rs"]
+mod train;
 #[path = "laws/world.rs"]
 mod world;
 

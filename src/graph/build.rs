@@ -125,6 +125,8 @@ impl<'a> Build<'a> {
         let fan = setup.fan.unwrap_or_else(|| {
             fan::choose(program, setup.replicas, setup.cluster, setup.bounds)
         });
+        let mut digest = Digest::default();
+        format!("{fan:?} {:?}", setup.cluster).hash(&mut digest);
         Build {
             program,
             setup,
@@ -132,7 +134,7 @@ impl<'a> Build<'a> {
             cuts: Cuts::new(program),
             limit: setup.bounds.limit(),
             graph: Graph { trainers, ranks, in_flight, ..Graph::default() },
-            digest: Digest::default(),
+            digest,
             open: BTreeMap::new(),
             made: vec![0; trainers as usize],
             received: vec![0; ranks as usize],

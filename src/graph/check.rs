@@ -1,13 +1,14 @@
 //! The verifier: every element of every unit is made once and reaches each rank that holds it
 //! once, and nobody else.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use crate::diag::Diagnostic;
 use crate::lower::Program;
+use crate::shard::Window;
 use crate::topo::RankId;
 
-use super::{Graph, Route};
+use super::{Graph, Part, Route};
 
 /// Proves a graph against the units of its program that it is for.
 ///
@@ -22,23 +23,33 @@ pub fn check(
     let routes: Result<Vec<Vec<RankId>>, String> = graph.routes.iter().map(reached).collect();
     let routes = routes.map_err(bad)?;
     let mut made: Vec<u64> = vec![0; program.units.len()];
-    let mut first: HashSet<(u32, &[u64])> = HashSet::with_capacity(graph.parts.len());
+    let mut windows: Vec<Vec<&Window>> = vec![Vec::new(); program.units.len()];
     let mut wanted: HashMap<u32, Vec<RankId>> = HashMap::new();
     for flow in graph.buckets.iter().flat_map(|b| &graph.flows[range(&b.flows)]) {
         let reached = &routes[flow.route as usize];
-        for part in &graph.parts[range(&flow.parts)] {
+        let parts = &graph.parts[range(&flow.parts)];
+        if flow.bytes != parts.iter().map(Part::bytes).sum::<u64>() {
+            return Err(bad(format!("trainer {} sends more or less than it makes", flow.from)));
+        }
+        for part in parts {
             let unit = &program.units[part.unit as usize];
             let inside = (0..unit.shape.len())
                 .all(|d| part.window.lo[d] + part.window.len[d] <= unit.shape[d]);
-            if !inside || !first.insert((part.unit, &part.window.lo)) {
-                return Err(bad(format!("{} is made twice or outside of it", unit.name)));
+            if !inside || (part.value_bytes, part.scale_bytes) != unit.bytes_of(&part.window) {
+                return Err(bad(format!("a part of {} is not of its size", unit.name)));
             }
+            windows[part.unit as usize].push(&part.window);
             made[part.unit as usize] += part.bytes();
             let wanted =
                 wanted.entry(part.unit).or_insert_with(|| receivers(program, graph, part.unit));
             if wanted != reached {
                 return Err(bad(format!("{} goes to ranks that do not hold it", unit.name)));
             }
+        }
+    }
+    for (unit, windows) in program.units.iter().zip(&mut windows) {
+        if !apart(windows) {
+            return Err(bad(format!("a part of {} is made twice", unit.name)));
         }
     }
     for (id, (unit, made)) in (0..).zip(program.units.iter().zip(made)) {
@@ -49,6 +60,20 @@ pub fn check(
         }
     }
     Ok(())
+}
+
+/// True if no two windows of a tensor have an element in common.
+fn apart(windows: &mut [&Window]) -> bool {
+    windows.sort_unstable_by(|a, b| a.lo.cmp(&b.lo));
+    // Those that reach to the present place on the first dimension.
+    let mut open: Vec<&Window> = Vec::new();
+    windows.iter().all(|w| {
+        let from = w.lo.first().copied().unwrap_or(0);
+        open.retain(|o| o.lo.is_empty() || o.lo[0] + o.len[0] > from);
+        let alone = open.iter().all(|o| o.intersect(w).is_none());
+        open.push(w);
+        alone
+    })
 }
 
 pub(super) fn range(r: &std::ops::Range<u32>) -> std::ops::Range<usize> {

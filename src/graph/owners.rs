@@ -26,9 +26,12 @@ pub fn unmakeable(program: &Program) -> Vec<(u32, Diagnostic)> {
     units.filter_map(|(i, u)| Some((i as u32, check(u).err()?))).collect()
 }
 
+/// Told of a value: bytes, holders, who needs it.
+type EachValue<'a> = &'a mut dyn FnMut(u64, &[u32], &[RankId]);
+
 /// Calls `f` for each distinct value that must reach inference ranks: bytes, the trainer ranks
 /// that hold it, the ranks that need it; both ascending.
-pub fn each_value(program: &Program, replicas: u32, f: &mut dyn FnMut(u64, &[u32], &[RankId])) {
+pub fn each_value(program: &Program, replicas: u32, f: EachValue<'_>) {
     for unit in &program.units {
         if unit.shape.contains(&0) || unit.is_constant() {
             continue;

@@ -213,9 +213,9 @@ fn phases(dims: usize, phase: [u64; 2]) -> Dims {
 /// The elements of a window of tiles.
 fn elements_under(window: &Window, tile: u64, of: &[u64]) -> Window {
     let mut under = window.clone();
-    for d in window.lo.len() - 2..window.lo.len() {
+    for (d, size) in of.iter().enumerate().skip(of.len() - 2) {
         under.lo[d] = window.lo[d] * tile;
-        under.len[d] = (window.len[d] * tile).min(of[d] - under.lo[d]);
+        under.len[d] = (window.len[d] * tile).min(size - under.lo[d]);
     }
     under
 }
@@ -241,7 +241,7 @@ fn cut_by_grid(view: &View, window: &Window, cuts: &[Vec<u64>], shape: &[u64]) -
     let mut parts = vec![window.clone()];
     for (k, cuts) in cuts.iter().enumerate().filter(|(_, c)| c.len() > 2) {
         let (stride, period) = (strides[k], strides[k] * shape[k]);
-        let moves = |d: usize| view.strides[d] % period != 0;
+        let moves = |d: usize| !view.strides[d].is_multiple_of(period);
         let mut next = Vec::new();
         for part in parts {
             let from = first_element(view, &part) % period;

@@ -201,7 +201,8 @@ mod tests {
     }
 
     fn one(ranges: &[(u64, u64)]) -> Vec<Vec<Range<u64>>> {
-        ranges.iter().map(|r| if r.0 < r.1 { vec![r.0..r.1] } else { Vec::new() }).collect()
+        let one = |r: &(u64, u64)| (r.0 < r.1).then_some(r.0..r.1).into_iter().collect();
+        ranges.iter().map(one).collect()
     }
 
     #[test]

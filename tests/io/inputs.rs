@@ -92,7 +92,10 @@ fn refused_manifests() {
     for (text, words) in [
         (r#"{"schema":3,"layers":{}}"#, "schema is 3"),
         (r#"{"schema":1,"layers":{"a":[0],"a":[0]}}"#, "lists a twice"),
-        (r#"{"schema":1,"layers":{"a":[-1]}}"#, "line 1, column 29"),
+        (
+            r#"{"schema":1,"layers":{"a":[-1]}}"#,
+            "slot 0 of a is -1: it is not assigned to an expert",
+        ),
     ] {
         fs::write(&path, text).unwrap();
         one(ExpertMapFile::read(&path), "E0419", &[words]);

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use kernelcast::dtype::DType;
-use kernelcast::topo::Placement;
+
+use crate::train::{self, Train};
 
 /// Random numbers that a test case is made of; zeros once it has run out, so that every choice
 /// numbered 0 should be the simplest.
@@ -51,21 +52,12 @@ pub struct Case {
     pub train: Train,
 }
 
-/// A trainer's mesh and what it does to each source.
-#[derive(Clone, Debug, Default)]
-pub struct Train {
-    pub mesh: Vec<u64>,
-    /// One placement an axis for each source.
-    pub placements: Vec<Vec<Placement>>,
-}
-
 impl std::fmt::Debug for Case {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "--infer {} (blocks of {})", self.infer, self.block)?;
-        writeln!(f, "experts {:?}, trainer mesh {:?}", self.experts, self.train.mesh)?;
-        for (i, s) in self.sources.iter().enumerate() {
-            let placed = self.train.placements.get(i);
-            writeln!(f, "// {} {} {:?} {placed:?}", s.name, s.dtype, s.shape)?;
+        writeln!(f, "experts {:?}, trainer {:?}", self.experts, self.train)?;
+        for s in &self.sources {
+            writeln!(f, "// {} {} {:?}", s.name, s.dtype, s.shape)?;
         }
         f.write_str(&self.text)
     }
@@ -106,7 +98,7 @@ struct Maker {
 /// Makes a case out of random numbers.
 pub fn make(words: Vec<u32>) -> Case {
     let mut tape = Tape::new(words);
-    let (tp, dp) = (1 + tape.below(4), 1 + tape.below(2));
+    let (tp, dp) = (tape.pick(&[1, 2, 3, 4, 8]), 1 + tape.below(2));
     let ep = if tape.one_in(2) { dp * tp } else { 1 };
     let eplb = ep > 1 && tape.one_in(2);
     let redundant = if eplb { tape.below(5) } else { 0 };
@@ -148,37 +140,15 @@ pub fn make(words: Vec<u32>) -> Case {
         experts.insert("m".to_owned(), order);
     }
     maker.lines.push("drop(\"m.*\", optional);".to_owned());
-    let train = maker.train();
+    infer += &format!(",replicas={}", maker.replicas());
+    let train = train::make(&mut maker.tape, &maker.sources);
     Case { train, text: maker.lines.join("\n"), infer, block, sources: maker.sources, experts }
 }
 
 impl Maker {
-    /// Mostly one style for all sources, as trainers have; sometimes each its own.
-    fn train(&mut self) -> Train {
-        let axes = 1 + self.tape.below(2);
-        let mesh: Vec<u64> = (0..axes).map(|_| self.tape.pick(&[2, 3, 1, 4, 5])).collect();
-        let mixed = self.tape.one_in(4);
-        let style: Vec<u32> = (0..axes).map(|_| self.tape.below(6) as u32).collect();
-        let sources = self.sources.clone();
-        let placements = sources.iter().map(|s| {
-            let dims = s.shape.len() as u64;
-            let axis = |axis: usize| {
-                let kind = if mixed { self.tape.below(6) as u32 } else { style[axis] };
-                match kind {
-                    _ if dims == 0 || s.name.ends_with("_scale_inv") => Placement::Replicate,
-                    0..=2 => Placement::Shard(0),
-                    3 => Placement::Replicate,
-                    4 => Placement::Shard(1 % dims),
-                    _ => {
-                        let split = mesh.get(axis + 1).copied().unwrap_or(2);
-                        Placement::StridedShard { dim: 0, split }
-                    }
-                }
-            };
-            (0..mesh.len()).map(axis).collect()
-        });
-        let placements = placements.collect();
-        Train { mesh, placements }
+    /// As many copies of the inference side as leave it at 16 ranks.
+    fn replicas(&mut self) -> u64 {
+        (1 + self.tape.below(3)).min((16 / (self.tp * self.dp)).max(1))
     }
 
     /// One parameter and perhaps one that is derived from it. True if it spreads experts.

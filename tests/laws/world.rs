@@ -14,6 +14,7 @@ use kernelcast::script::{Catalog, CatalogEntry, Limits, NoModules};
 use kernelcast::topo::{InferMesh, TrainMesh};
 
 use crate::cases::{Case, SourceTensor};
+use crate::train::Train;
 
 /// Type, shape and bytes of a tensor.
 type Tensor = (DType, Vec<u64>, Arc<Vec<u8>>);
@@ -127,7 +128,7 @@ pub fn compile_case(
     case: &Case,
     world: &World,
 ) -> std::result::Result<Compiled, Vec<Diagnostic>> {
-    compile_placed(case, world, None)
+    compile_placed(case, world, TrainMesh::single(), None)
 }
 
 /// Compiles a case for its own trainer mesh.
@@ -135,7 +136,14 @@ pub fn compile_sharded(
     case: &Case,
     world: &World,
 ) -> std::result::Result<Compiled, Vec<Diagnostic>> {
-    let tensors = case.sources.iter().zip(&case.train.placements).map(|(s, placements)| {
+    let (mesh, placements) = match &case.train {
+        Train::Rules(mesh) => {
+            let mesh = TrainMesh::parse(mesh).expect("a case has a valid trainer mesh");
+            return compile_placed(case, world, mesh, None);
+        }
+        Train::Manifest { mesh, placements } => (mesh, placements),
+    };
+    let tensors = case.sources.iter().zip(placements).map(|(s, placements)| {
         kernelcast::io::SourceTensor {
             name: s.name.clone(),
             dtype: s.dtype,
@@ -144,18 +152,19 @@ pub fn compile_sharded(
             on: BTreeMap::new(),
         }
     });
-    let mesh = case.train.mesh.iter().enumerate();
+    let mesh = mesh.iter().enumerate();
     let manifest = SourceManifest {
         schema: 1,
         mesh: mesh.map(|(i, n)| (format!("axis{i}"), *n)).collect(),
         tensors: tensors.collect(),
     };
-    compile_placed(case, world, Some(&manifest))
+    compile_placed(case, world, TrainMesh::single(), Some(&manifest))
 }
 
 fn compile_placed(
     case: &Case,
     world: &World,
+    train: TrainMesh,
     placements: Option<&SourceManifest>,
 ) -> std::result::Result<Compiled, Vec<Diagnostic>> {
     let config = serde_json::json!({
@@ -169,7 +178,7 @@ fn compile_placed(
         model: Some(ModelInput { config, catalog }),
         open_model: &|_| Err(Error::refused(Vec::new())),
         mesh: Some(InferMesh::parse(&case.infer).expect("a case has a valid mesh")),
-        train: TrainMesh::single(),
+        train,
         placements,
         options: BTreeMap::new(),
         target: BTreeMap::new(),

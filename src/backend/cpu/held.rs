@@ -42,12 +42,15 @@ fn runs(source: &ProgramSource, from: u64, to: u64) -> Vec<Run> {
     out
 }
 
+/// Reads a run into its part of a buffer.
+type Read<'a> = &'a mut dyn FnMut(&Run, &mut [u8]) -> Result<(), Diagnostic>;
+
 /// Calls `read` for each run of some rows, with its part of the buffer.
 fn each_run(
     source: &ProgramSource,
     rows: Strided,
     buf: &mut [u8],
-    read: &mut dyn FnMut(&Run, &mut [u8]) -> Result<(), Diagnostic>,
+    read: Read<'_>,
 ) -> Result<(), Diagnostic> {
     let size = source.dtype.size();
     let row_bytes = (rows.row_bytes as usize).max(1);

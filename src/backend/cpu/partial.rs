@@ -267,10 +267,10 @@ pub(super) fn maxima(
 fn tile_part(tile: &[u64], window: &Window, block: u64) -> Window {
     let m = tile.len() - 2;
     let mut part = Window { lo: tile.into(), len: tile.iter().map(|_| 1).collect() };
-    for d in 0..tile.len() {
+    for (d, index) in tile.iter().enumerate() {
         let size = if d >= m { block } else { 1 };
-        let lo = (tile[d] * size).max(window.lo[d]);
-        let hi = ((tile[d] + 1) * size).min(window.lo[d] + window.len[d]);
+        let lo = (index * size).max(window.lo[d]);
+        let hi = ((index + 1) * size).min(window.lo[d] + window.len[d]);
         (part.lo[d], part.len[d]) = (lo - window.lo[d], hi - lo);
     }
     part

@@ -11,7 +11,7 @@ use crate::diag::Diagnostic;
 use crate::graph::Graph;
 use crate::lower::{Part, Target, Unit};
 use crate::shard::{Window, row_major};
-use crate::topo::RankId;
+use crate::topo::{Peer, RankId};
 
 use super::run::{Failure, Shared, wait};
 use super::{Sink, Strided, eval};
@@ -54,6 +54,7 @@ pub(super) fn inference_rank(
         return received;
     }
     while let Some((next, ())) = missing.first_key_value() {
+        shared.waits_for(Peer::Rank(own), Some(sender(shared.graph, *next, own)));
         let message = match wait(shared, inbox) {
             Ok(message) => message,
             // Another rank has failed and said why.
@@ -63,6 +64,7 @@ pub(super) fn inference_rank(
                 return received;
             }
         };
+        shared.waits_for(Peer::Rank(own), None);
         if let Err(failure) = relay(shared, own, &message, wires) {
             shared.fail(failure);
             return received;
@@ -77,6 +79,7 @@ pub(super) fn inference_rank(
             }
         }
     }
+    shared.ended(Peer::Rank(own));
     received
 }
 
@@ -90,17 +93,23 @@ fn expected(graph: &Graph, rank: RankId) -> BTreeMap<u32, ()> {
     flows.filter(|(_, f)| routes[f.route as usize]).map(|(i, _)| (i as u32, ())).collect()
 }
 
-/// Who should have sent a flow that did not come.
+/// Who sends a flow to a rank.
+fn sender(graph: &Graph, flow: u32, rank: RankId) -> Peer {
+    let flow = &graph.flows[flow as usize];
+    let relay = graph.route(flow).relays.iter().find(|(_, to)| *to == rank);
+    relay.map_or(Peer::Trainer(flow.from), |(from, _)| Peer::Rank(*from))
+}
+
+/// A flow did not come: who should have sent it, or whom that one waits for.
 fn late(shared: &Shared<'_>, flow: u32, rank: RankId) -> Failure {
-    let graph = shared.graph;
-    let f = &graph.flows[flow as usize];
-    let bucket = graph.buckets.partition_point(|b| b.flows.end <= flow);
-    let relay = graph.route(f).relays.iter().find(|(_, to)| *to == rank);
-    let from = match relay {
-        Some((from, _)) => format!("rank {from}"),
-        None => format!("trainer {}", f.from),
+    let bucket = shared.graph.buckets.partition_point(|b| b.flows.end <= flow);
+    let sender = sender(shared.graph, flow, rank);
+    let who = shared.behind(sender);
+    let step = match who == sender {
+        true => format!("send bucket {bucket} to rank {rank}"),
+        false => format!("do its part of bucket {bucket} for rank {rank}"),
     };
-    shared.late(&from, &format!("send bucket {bucket} to rank {rank}"))
+    shared.late(&who.to_string(), &step)
 }
 
 /// Passes flows on, one message to each rank that gets some.
@@ -137,6 +146,10 @@ fn store(
 ) -> Result<(), Diagnostic> {
     let mut start = 0;
     for part in shared.graph.parts_of(&shared.graph.flows[flow as usize]) {
+        // What is left would be torn anyhow.
+        if shared.stopped() {
+            break;
+        }
         let unit = &shared.program.units[part.unit as usize];
         let (values, end) = (start + part.value_bytes as usize, start + part.bytes() as usize);
         let own = unit.receivers.iter().filter(|r| r.rank as usize == rank);

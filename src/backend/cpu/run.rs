@@ -1,9 +1,10 @@
 //! Runs a graph: a thread for each trainer rank and each inference rank, channels between.
 
+use std::any::Any;
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
@@ -13,12 +14,13 @@ use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::lower::{Program, ProgramSource};
 use crate::shard::Storage;
+use crate::topo::{Peer, RankId};
 
 use super::finite::{NonFinite, scan};
 use super::held::AnyHolder;
 use super::rank::{Message, inference_rank};
 use super::trainer::{Note, Wires, trainer_rank};
-use super::{Rows, Sink};
+use super::{Rows, Sink, Strided};
 
 /// When NaN and infinity are looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,11 +66,21 @@ pub(super) struct Shared<'a> {
     pub options: &'a Options<'a>,
     pub counts: Counts,
     stop: AtomicBool,
+    /// Whom each trainer rank and then each inference rank waits for, as such a number.
+    waits: Vec<AtomicU32>,
+    /// Reads under way for each trainer rank: one that hangs may hold up threads of others.
+    reads: &'a [AtomicU32],
     /// The first failure; later ones are its echoes.
     failure: Mutex<Option<Failure>>,
     /// Units in which something that is not finite was seen.
     suspects: Mutex<BTreeSet<usize>>,
 }
+
+/// Stand for no rank among those that are waited for: one that works, one that waits for memory
+/// which some rank still reads, and one that has ended.
+const NOBODY: u32 = u32::MAX;
+const MEMORY: u32 = u32::MAX - 1;
+const ENDED: u32 = u32::MAX - 2;
 
 /// Bytes so far.
 #[derive(Default)]
@@ -101,9 +113,18 @@ pub fn run(
     if rows.len() != graph.trainers as usize || sinks.len() != graph.ranks as usize {
         return Err(Diagnostic::error("E0502", "a graph for other numbers of ranks").into());
     }
-    let whole = AnyHolder { program, rows };
+    let reads: Vec<AtomicU32> = rows.iter().map(|_| AtomicU32::new(0)).collect();
+    let named = rows.iter().zip(0..).map(|(rows, rank)| Named {
+        rows: *rows,
+        rank,
+        reads: &reads[rank as usize],
+        alone: graph.trainers == 1,
+    });
+    let named: Vec<Named<'_>> = named.collect();
+    let rows: Vec<&dyn Rows> = named.iter().map(|r| r as &dyn Rows).collect();
+    let whole = AnyHolder { program, rows: &rows };
     if options.finite == FiniteCheck::Before {
-        refuse(scan(&whole, &all_sources(program))?)?;
+        refuse(scan(&whole, &all_sources(program)).map_err(failed)?)?;
     }
     let shared = Shared {
         program,
@@ -111,6 +132,8 @@ pub fn run(
         options,
         counts: Counts::default(),
         stop: AtomicBool::new(false),
+        waits: (0..graph.trainers + graph.ranks).map(|_| AtomicU32::new(NOBODY)).collect(),
+        reads: &reads,
         failure: Mutex::new(None),
         suspects: Mutex::new(BTreeSet::new()),
     };
@@ -152,20 +175,55 @@ pub fn run(
 /// A panic is a bug, of the engine or of a reader or sink that it was given: the update fails.
 fn guarded(shared: &Shared<'_>, who: &str, work: impl FnOnce()) {
     let Err(panic) = catch_unwind(AssertUnwindSafe(work)) else { return };
+    shared.fail(Failure::Device(stopped_at_a_bug(who, &*panic)));
+}
+
+fn stopped_at_a_bug(who: &str, panic: &(dyn Any + Send)) -> Diagnostic {
     let said = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
     let said = said.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    let d = Diagnostic::error("E0502", format!("{who} stopped at a bug: {said}"));
-    shared.fail(Failure::Device(d));
+    Diagnostic::error("E0502", format!("{who} stopped at a bug: {said}"))
+}
+
+/// A trainer rank's reader: what goes wrong in it says whose it is.
+struct Named<'a> {
+    rows: &'a dyn Rows,
+    rank: u32,
+    reads: &'a AtomicU32,
+    alone: bool,
+}
+
+impl Rows for Named<'_> {
+    fn read(
+        &self,
+        storage: Storage,
+        rows: Strided,
+        buf: &mut [u8],
+    ) -> std::result::Result<(), Diagnostic> {
+        let name = Peer::Trainer(self.rank);
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let done = catch_unwind(AssertUnwindSafe(|| self.rows.read(storage, rows, buf)));
+        self.reads.fetch_sub(1, Ordering::Relaxed);
+        match done {
+            Ok(Err(d)) if !self.alone => Err(d.note(format!("it was read for {name}"))),
+            Ok(done) => done,
+            Err(panic) => Err(stopped_at_a_bug(&name.to_string(), &*panic)),
+        }
+    }
+}
+
+/// A bug is a failure of a rank, anything else a refusal.
+fn failed(d: Diagnostic) -> Error {
+    if d.code == "E0502" { Error::device(d) } else { d.into() }
 }
 
 fn finish(shared: Shared<'_>, rows: &dyn Rows, mut report: Report) -> Result<Report> {
     let failure = shared.failure.into_inner().unwrap_or_else(|e| e.into_inner());
     let suspects = shared.suspects.into_inner().unwrap_or_else(|e| e.into_inner());
     match failure {
-        Some(Failure::Refused(d)) => return Err(d.into()),
+        Some(Failure::Refused(d)) => return Err(failed(d)),
         Some(Failure::Device(d)) => return Err(Error::device(d)),
         Some(Failure::NonFinite) => {
-            refuse(scan(rows, &all_sources(shared.program))?)?;
+            refuse(scan(rows, &all_sources(shared.program)).map_err(failed)?)?;
             let name = suspects.first().map_or("", |u| shared.program.units[*u].name.as_str());
             return Err(Diagnostic::error(
                 "E0602",
@@ -179,7 +237,7 @@ fn finish(shared: Shared<'_>, rows: &dyn Rows, mut report: Report) -> Result<Rep
     }
     if !suspects.is_empty() {
         let sources = sources_of(shared.program, &suspects);
-        report.non_finite = scan(rows, &sources)?;
+        report.non_finite = scan(rows, &sources).map_err(failed)?;
     }
     Ok(report)
 }
@@ -224,6 +282,53 @@ impl Shared<'_> {
 
     pub(super) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+
+    fn number(&self, peer: Peer) -> u32 {
+        match peer {
+            Peer::Trainer(t) => t,
+            Peer::Rank(r) => self.graph.trainers + r.0 as u32,
+        }
+    }
+
+    /// Notes whom a rank waits for.
+    pub(super) fn waits_for(&self, rank: Peer, other: Option<Peer>) {
+        let other = other.map_or(NOBODY, |o| self.number(o));
+        self.waits[self.number(rank) as usize].store(other, Ordering::Relaxed);
+    }
+
+    pub(super) fn waits_for_memory(&self, trainer: u32) {
+        self.waits[trainer as usize].store(MEMORY, Ordering::Relaxed);
+    }
+
+    pub(super) fn ended(&self, rank: Peer) {
+        self.waits[self.number(rank) as usize].store(ENDED, Ordering::Relaxed);
+    }
+
+    /// Who is behind a rank that is late: itself, unless it waits for another in turn; for
+    /// memory, an inference rank that waits for nobody and has not ended.
+    pub(super) fn behind(&self, late: Peer) -> Peer {
+        let state = |number: u32| self.waits[number as usize].load(Ordering::Relaxed);
+        let mut number = self.number(late);
+        for _ in 0..self.waits.len() {
+            let mut ranks = self.graph.trainers..self.waits.len() as u32;
+            match state(number) {
+                NOBODY | ENDED => break,
+                MEMORY => match ranks.find(|r| state(*r) == NOBODY) {
+                    Some(rank) => number = rank,
+                    None => break,
+                },
+                next => number = next,
+            }
+        }
+        let reads = |t: u32| self.reads[t as usize].load(Ordering::Relaxed) > 0;
+        if number < self.graph.trainers && !reads(number) {
+            number = (0..self.graph.trainers).find(|t| reads(*t)).unwrap_or(number);
+        }
+        match number.checked_sub(self.graph.trainers) {
+            Some(rank) => Peer::Rank(RankId(u64::from(rank))),
+            None => Peer::Trainer(number),
+        }
     }
 
     pub(super) fn late(&self, who: &str, step: &str) -> Failure {

@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
 use crate::diag::Diagnostic;
 use crate::graph::{Part, SharedTiles, slabs};
 use crate::lower::Unit;
 use crate::shard::{Layouts, Window};
-use crate::topo::RankId;
+use crate::topo::{Peer, RankId};
 
 use super::partial::{Agreed, Partial, maxima};
 use super::rank::{Load, Message};
@@ -123,15 +123,14 @@ impl Trainer<'_> {
             if let Some(amax) = self.early.remove(&(from, agreed)) {
                 return Ok(amax);
             }
-            match wait(self.shared, self.mailbox) {
-                Ok(note) => {
-                    self.early.insert((note.from, note.agreed), note.amax);
-                }
-                Err(_) => {
-                    let what = "answer in the amax exchange";
-                    return Err(self.shared.late(&format!("trainer {from}"), what));
-                }
-            }
+            let (own, other) = (Peer::Trainer(self.rank), Peer::Trainer(from));
+            self.shared.waits_for(own, Some(other));
+            let Ok(note) = wait(self.shared, self.mailbox) else {
+                let who = self.shared.behind(other).to_string();
+                return Err(self.shared.late(&who, "answer in the amax exchange"));
+            };
+            self.shared.waits_for(own, None);
+            self.early.insert((note.from, note.agreed), note.amax);
         }
     }
 
@@ -168,11 +167,16 @@ impl Trainer<'_> {
         home: &Sender<Vec<u8>>,
     ) -> Fallible<(Arc<Load>, Vec<usize>)> {
         let (shared, graph) = (self.shared, self.shared.graph);
-        let mut bytes = wait(shared, free).map_err(|e| match e {
-            RecvTimeoutError::Timeout => shared
-                .late("an inference rank", &format!("let go of memory for bucket {bucket}")),
-            RecvTimeoutError::Disconnected => shared.late("a rank", "answer"),
-        })?;
+        let me = Peer::Trainer(self.rank);
+        shared.waits_for_memory(self.rank);
+        let Ok(mut bytes) = wait(shared, free) else {
+            let who = match shared.behind(me) {
+                Peer::Rank(rank) => format!("rank {rank}"),
+                Peer::Trainer(_) => "an inference rank".to_owned(),
+            };
+            return Err(shared.late(&who, &format!("let go of memory for bucket {bucket}")));
+        };
+        shared.waits_for(me, None);
         let mut starts = Vec::with_capacity(own.len());
         let mut total = 0;
         for flow in own {
