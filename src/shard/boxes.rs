@@ -140,9 +140,8 @@ fn in_group(old: &[u64], new: &[u64], window: &Window) -> Vec<Pair> {
     out
 }
 
-/// The contiguous runs (first element, count) of a window, in order.
-fn flat_runs(shape: &[u64], window: &Window) -> Vec<(u64, u64)> {
-    let strides = row_major(shape);
+/// The first of the dimensions whose elements lie end to end, and how many elements that are.
+pub(crate) fn contiguous(window: &Window, shape: &[u64]) -> (usize, u64) {
     let mut inner = shape.len();
     let mut run = 1;
     while inner > 0 {
@@ -152,6 +151,13 @@ fn flat_runs(shape: &[u64], window: &Window) -> Vec<(u64, u64)> {
             break;
         }
     }
+    (inner, run)
+}
+
+/// The contiguous runs (first element, count) of a window, in order.
+fn flat_runs(shape: &[u64], window: &Window) -> Vec<(u64, u64)> {
+    let strides = row_major(shape);
+    let (inner, run) = contiguous(window, shape);
     let mut starts = vec![(0..shape.len()).map(|d| window.lo[d] * strides[d]).sum::<u64>()];
     for d in 0..inner {
         starts = starts

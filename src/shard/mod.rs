@@ -7,6 +7,7 @@ mod piece;
 mod resolve;
 mod split;
 
+pub(crate) use boxes::contiguous;
 pub use boxes::{Window, row_major};
 pub use leaf::Leaf;
 pub(crate) use moves::crop_pieces;

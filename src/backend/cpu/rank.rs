@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::diag::Diagnostic;
 use crate::graph::Graph;
 use crate::lower::{Part, Target, Unit};
-use crate::shard::{Window, row_major};
+use crate::shard::{Window, contiguous, row_major};
 use crate::topo::{Peer, RankId};
 
 use super::run::{Failure, Shared, wait};
@@ -215,16 +215,7 @@ fn write_box(
     bytes: &[u8],
 ) -> Result<(), Diagnostic> {
     let strides = row_major(shape);
-    // Dimensions that the box has whole lie end to end with the one before.
-    let mut inner = shape.len();
-    let mut run = 1;
-    while inner > 0 {
-        inner -= 1;
-        run *= window.len[inner];
-        if window.len[inner] != shape[inner] {
-            break;
-        }
-    }
+    let (inner, run) = contiguous(window, shape);
     let start = window.lo.iter().zip(&strides).map(|(i, s)| i * s).sum::<u64>() * size;
     let Some(rows) = inner.checked_sub(1) else {
         let all = Strided { offset: start, row_bytes: run * size, stride: 0, rows: 1 };
