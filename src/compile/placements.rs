@@ -1,12 +1,12 @@
 //! Where each source tensor is on the trainer's mesh: as a manifest says, or by the default
 //! rules, for which the plan itself tells experts and tensor-parallel dimensions apart.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::io::{SourceManifest, SourceTensor};
 use crate::ir::{NodeId, Op, Plan, SourceFormat, Type};
-use crate::topo::{Axis, Cut, ExpertRole, Layout, SourceRole, TrainMesh};
+use crate::topo::{Axis, Cut, ExpertRole, Layout, Placement, SourceRole, TrainMesh};
 
 /// Layouts by source tensor.
 pub(super) enum Placements<'a> {
@@ -58,7 +58,9 @@ impl<'a> Placements<'a> {
             Placements::Rules { roles, .. } => {
                 PlacementKey::Role(roles.get(name).copied().unwrap_or_default())
             }
-            Placements::Given { .. } => PlacementKey::Name(name.to_owned()),
+            Placements::Given { tensors, .. } => PlacementKey::Given(
+                tensors.get(name).map(|t| (t.placements.clone(), t.on.clone())),
+            ),
         }
     }
 
@@ -71,7 +73,7 @@ impl<'a> Placements<'a> {
                 train.layout(shape, &roles.get(name).copied().unwrap_or_default())
             }
             Placements::Given { mesh, tensors } => match tensors.get(name) {
-                Some(tensor) => given(mesh, self.world(), tensor),
+                Some(tensor) => given(mesh, self.world(), tensor, shape),
                 // Names were checked against the manifest when they were declared.
                 None => Layout::whole(shape, (0..self.world() as u32).collect()),
             },
@@ -83,11 +85,13 @@ impl<'a> Placements<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum PlacementKey {
     Role(SourceRole),
-    Name(String),
+    /// Placements, and the axes of which one index alone holds the tensor; none for a tensor that
+    /// the manifest does not list.
+    Given(Option<(Vec<Placement>, BTreeMap<String, u64>)>),
 }
 
 /// Ranks are numbered row-major over the mesh.
-fn given(mesh: &[(String, u64)], world: u64, tensor: &SourceTensor) -> Layout {
+fn given(mesh: &[(String, u64)], world: u64, tensor: &SourceTensor, shape: &[u64]) -> Layout {
     let inner = |axis: usize| mesh[axis + 1..].iter().map(|(_, n)| n).product::<u64>();
     let index = |axis: usize| {
         let (inner, size) = (inner(axis), mesh[axis].1);
@@ -104,7 +108,7 @@ fn given(mesh: &[(String, u64)], world: u64, tensor: &SourceTensor) -> Layout {
             tensor.on.get(name).is_none_or(|only| index(axis)(*rank) == *only)
         })
     };
-    Layout::of(&tensor.shape, &cuts, (0..world as u32).filter(holds))
+    Layout::of(shape, &cuts, (0..world as u32).filter(holds))
 }
 
 /// Pipeline stages: a layer's by its number, else the first before all layers, the last after.

@@ -12,7 +12,7 @@ use super::json::{self, Pairs};
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::topo::Placement;
+use crate::topo::{MAX_TRAINERS, Placement};
 
 /// What one inference rank of a server holds, as the server printed it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -202,6 +202,10 @@ impl SourceManifest {
         if let Some((axis, _)) = self.mesh.iter().find(|(_, size)| *size == 0) {
             return Err(format!("mesh axis {axis} has size 0"));
         }
+        let world = self.mesh.iter().try_fold(1u64, |all, (_, size)| all.checked_mul(*size));
+        if world.is_none_or(|w| w > MAX_TRAINERS) {
+            return Err(format!("its mesh has more than {MAX_TRAINERS} ranks"));
+        }
         self.tensors.iter().try_for_each(|t| self.check_tensor(t))
     }
 
@@ -217,6 +221,10 @@ impl SourceManifest {
         for placement in placements {
             if placement.dim().is_some_and(|dim| dim >= shape.len() as u64) {
                 return Err(format!("{name} {shape:?} has no dim for {placement}"));
+            }
+            if matches!(placement, Placement::StridedShard { split, .. } if *split > MAX_TRAINERS)
+            {
+                return Err(format!("{name}: {placement} has more than {MAX_TRAINERS} parts"));
             }
         }
         for (axis, index) in on {

@@ -31,7 +31,8 @@ impl Layout {
     /// A tensor that some ranks hold whole.
     pub fn whole(shape: &[u64], holders: Arc<[u32]>) -> Layout {
         let cuts = shape.iter().map(|n| if *n == 0 { vec![0] } else { vec![0, *n] });
-        Layout { cuts: cuts.collect(), holders: vec![holders] }
+        let cells = usize::from(!shape.contains(&0));
+        Layout { cuts: cuts.collect(), holders: vec![holders; cells] }
     }
 
     /// Applies placements in the order of the mesh axes, as DTensor does, for the ranks that
@@ -126,7 +127,7 @@ fn cells(held: &Held, edges: &[Vec<u64>]) -> Vec<usize> {
 fn held(shape: &[u64], cuts: &[Cut], rank: u32) -> Held {
     let mut held: Held = shape.iter().map(|n| std::iter::once(0..*n).collect()).collect();
     // Blocks of a strided shard that an axis further in will choose from.
-    let mut blocks: Vec<Option<Vec<Range<u64>>>> = vec![None; shape.len()];
+    let mut blocks: Vec<Option<Vec<Vec<Range<u64>>>>> = vec![None; shape.len()];
     for cut in cuts {
         let index = (cut.index)(rank);
         match cut.placement {
@@ -139,29 +140,20 @@ fn held(shape: &[u64], cuts: &[Cut], rank: u32) -> Held {
                 });
                 let parts: Vec<Vec<Range<u64>>> = parts.collect();
                 held[dim] = parts.iter().flatten().cloned().collect();
-                // One range a block at most, for the whole dimension was one range before.
-                blocks[dim] = Some(parts.into_iter().map(hull).collect());
+                blocks[dim] = Some(parts);
             }
             Placement::Shard(dim) => {
                 let dim = dim as usize;
                 held[dim] = match blocks[dim].take() {
                     Some(blocks) if blocks.len() as u64 == cut.size => {
-                        vec![blocks[index as usize].clone()]
+                        blocks[index as usize].clone()
                     }
                     _ => chunk(&held[dim], cut.size, index),
                 };
-                held[dim].retain(|r| !r.is_empty());
             }
         }
     }
     held
-}
-
-fn hull(ranges: Vec<Range<u64>>) -> Range<u64> {
-    match (ranges.first(), ranges.last()) {
-        (Some(first), Some(last)) => first.start..last.end,
-        _ => 0..0,
-    }
 }
 
 /// Part `index` of `torch.chunk(parts)` of some ranges end to end: ceil(n / parts) each, the
@@ -254,5 +246,49 @@ mod tests {
         let strided = Placement::StridedShard { dim: 0, split: 2 };
         let layout = Layout::of(&[8], &[axis(2, 1, strided)], 0..2);
         assert_eq!(rows(&layout, 2), [vec![0..2, 4..6], vec![2..4, 6..8]]);
+    }
+
+    #[test]
+    fn a_block_of_a_strided_shard_may_have_a_gap() {
+        let strided = |split| Placement::StridedShard { dim: 0, split };
+        let cuts =
+            [axis(2, 1, strided(2)), axis(1, 1, strided(1)), axis(1, 1, Placement::Shard(0))];
+        let layout = Layout::of(&[8], &cuts, 0..2);
+        assert_eq!(rows(&layout, 2), [vec![0..2, 4..6], vec![2..4, 6..8]]);
+    }
+
+    #[test]
+    fn an_empty_tensor_is_held_by_nobody() {
+        assert_eq!(Layout::whole(&[0, 3], Arc::from([0])).held(0), None);
+        let cut = [axis(2, 1, Placement::Shard(0))];
+        assert_eq!(Layout::of(&[0, 3], &cut, 0..2).held(0), None);
+    }
+
+    proptest::proptest! {
+        /// Without replication each element is on exactly one rank, whatever the axes cut.
+        #[test]
+        fn every_element_is_held_once(
+            shape in proptest::collection::vec(0u64..20, 1..3),
+            axes in proptest::collection::vec((1u64..5, 0u64..2, 0u64..5), 1..4),
+        ) {
+            let world: u64 = axes.iter().map(|a| a.0).product();
+            let mut inner = world;
+            let cuts: Vec<Cut> = axes.iter().map(|&(size, dim, split)| {
+                inner /= size;
+                let dim = dim % shape.len() as u64;
+                axis(size, inner, match split {
+                    0 => Placement::Shard(dim),
+                    split => Placement::StridedShard { dim, split },
+                })
+            }).collect();
+            let layout = Layout::of(&shape, &cuts, 0..world as u32);
+            let mut count = 0;
+            for rank in 0..world as u32 {
+                let size = |r: &Vec<Range<u64>>| r.iter().map(|r| r.end - r.start).sum::<u64>();
+                count += layout.held(rank).map_or(0, |h| h.iter().map(size).product());
+            }
+            proptest::prop_assert_eq!(count, shape.iter().product::<u64>());
+            proptest::prop_assert!(layout.holders.iter().all(|h| h.len() == 1));
+        }
     }
 }

@@ -11,4 +11,4 @@ pub use cluster::{Cluster, Peer};
 pub use infer::{Axis, Coords, InferMesh, RankId, stage_layers};
 pub use layout::{Cut, Held, Layout};
 pub use placement::Placement;
-pub use train::{ExpertRole, SourceRole, TrainMesh};
+pub use train::{ExpertRole, MAX_TRAINERS, SourceRole, TrainMesh};

@@ -55,7 +55,8 @@ pub struct SourceRole {
 }
 
 const AXES: [&str; 6] = ["dp_replicate", "fsdp", "tp", "ep", "pp", "expert_fsdp_dim"];
-const MAX_WORLD: u64 = 1 << 20;
+/// Most trainer ranks.
+pub const MAX_TRAINERS: u64 = 1 << 20;
 
 impl TrainMesh {
     /// One rank that holds every source tensor whole.
@@ -92,8 +93,8 @@ impl TrainMesh {
         }
         let sizes = [mesh.dp_replicate, mesh.fsdp, mesh.tp, mesh.pp];
         let world = sizes.iter().try_fold(1u64, |a, b| a.checked_mul(*b));
-        if world.is_none_or(|w| w > MAX_WORLD) {
-            let text = format!("the trainer mesh has more than {MAX_WORLD} ranks");
+        if world.is_none_or(|w| w > MAX_TRAINERS) {
+            let text = format!("the trainer mesh has more than {MAX_TRAINERS} ranks");
             return Err(Diagnostic::error("E0307", text));
         }
         Ok(mesh)
@@ -207,4 +208,124 @@ pub(super) fn parse_axes(
         }
     }
     Ok(axes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mesh(text: &str) -> TrainMesh {
+        TrainMesh::parse(text).unwrap_or_else(|d| panic!("{text}: {}", d.message))
+    }
+
+    /// What each rank holds, as `lo..hi` of each dimension; `-` for nothing.
+    fn held(text: &str, shape: &[u64], role: SourceRole) -> Vec<String> {
+        let mesh = mesh(text);
+        let layout = mesh.layout(shape, &role);
+        let show = |r: &Vec<std::ops::Range<u64>>| {
+            let all: Vec<String> =
+                r.iter().map(|r| format!("{}..{}", r.start, r.end)).collect();
+            all.join("+")
+        };
+        let rank = |rank| match layout.held(rank) {
+            Some(h) => h.iter().map(show).collect::<Vec<_>>().join(" "),
+            None => "-".to_owned(),
+        };
+        (0..mesh.world() as u32).map(rank).collect()
+    }
+
+    fn one_of(index: u64, of: u64) -> SourceRole {
+        SourceRole { expert: ExpertRole::One { index, of }, ..SourceRole::default() }
+    }
+
+    #[test]
+    fn dense_tensors_are_cut_over_all_of_fsdp() {
+        let dense = SourceRole::default();
+        assert_eq!(
+            held("fsdp=4,ep=2", &[5, 2], dense),
+            ["0..2 0..2", "2..4 0..2", "4..5 0..2", "-"]
+        );
+        assert_eq!(
+            held("dp_replicate=2,fsdp=2", &[6], dense),
+            ["0..3", "3..6", "0..3", "3..6"]
+        );
+        assert_eq!(held("fsdp=2,tp=2", &[], dense), ["", "", "", ""]);
+        let last = SourceRole { stage: 1, ..dense };
+        assert_eq!(held("pp=2,fsdp=2", &[4], last), ["-", "-", "0..2", "2..4"]);
+    }
+
+    #[test]
+    fn tensor_parallelism_is_inside_fsdp() {
+        let on = |dim| SourceRole { tp_dim: Some(dim), ..SourceRole::default() };
+        // tp has 0..4 and 4..7; fsdp halves each.
+        assert_eq!(held("fsdp=2,tp=2", &[7], on(0)), ["0..2", "4..6", "2..4", "6..7"]);
+        assert_eq!(
+            held("fsdp=2,tp=2", &[4, 6], on(1)),
+            ["0..2 0..3", "0..2 3..6", "2..4 0..3", "2..4 3..6"]
+        );
+    }
+
+    #[test]
+    fn experts_lie_in_blocks_over_ep() {
+        // Ten experts over four: 3, 3, 3, 1.
+        let ranks = |index| -> Vec<usize> {
+            let held = held("fsdp=4,ep=4", &[6, 2], one_of(index, 10));
+            (0..4).filter(|r| held[*r] == "0..6 0..2").collect()
+        };
+        let all: Vec<Vec<usize>> = (0..10).map(ranks).collect();
+        assert_eq!(all, [[0], [0], [0], [1], [1], [1], [2], [2], [2], [3]]);
+        let dim0 = SourceRole { expert: ExpertRole::Dim0, ..SourceRole::default() };
+        assert_eq!(
+            held("fsdp=4,ep=4", &[10, 2], dim0),
+            ["0..3 0..2", "3..6 0..2", "6..9 0..2", "9..10 0..2"]
+        );
+    }
+
+    #[test]
+    fn the_ranks_of_a_block_cut_each_expert_or_the_block() {
+        // fsdp index = index among the fsdp/ep ranks x 2 + ep rank.
+        let (rows, block) = ("fsdp=4,ep=2", "fsdp=4,ep=2,expert_fsdp_dim=0");
+        assert_eq!(held(rows, &[6], one_of(3, 5)), ["-", "0..3", "-", "3..6"]);
+        // Block 0 is experts 0, 1 and 2, of which two go to the first rank.
+        assert_eq!(held(block, &[6], one_of(1, 5)), ["0..6", "-", "-", "-"]);
+        assert_eq!(held(block, &[6], one_of(2, 5)), ["-", "-", "0..6", "-"]);
+        assert_eq!(held(block, &[6], one_of(4, 5)), ["-", "-", "-", "0..6"]);
+        let dim0 = SourceRole { expert: ExpertRole::Dim0, ..SourceRole::default() };
+        assert_eq!(
+            held(rows, &[5, 4], dim0),
+            ["0..3 0..2", "3..5 0..2", "0..3 2..4", "3..5 2..4"]
+        );
+        assert_eq!(
+            held(block, &[5, 4], dim0),
+            ["0..2 0..4", "3..4 0..4", "2..3 0..4", "4..5 0..4"]
+        );
+    }
+
+    #[test]
+    fn scales_are_whole_where_codes_may_be() {
+        let scales = |role| SourceRole { scales: true, tp_dim: Some(0), ..role };
+        assert_eq!(
+            held("fsdp=2,tp=2", &[3, 1], scales(SourceRole::default())),
+            ["0..3 0..1"; 4]
+        );
+        assert_eq!(
+            held("fsdp=4,ep=2", &[3, 1], scales(one_of(3, 5))),
+            ["-", "0..3 0..1", "-", "0..3 0..1"]
+        );
+    }
+
+    #[test]
+    fn what_no_trainer_has_is_refused() {
+        for text in [
+            "expert_fsdp_dim=2",
+            "fsdp=6,ep=4",
+            "tp=0",
+            "fsdp=1048576,pp=2",
+            "dp_replicate=4294967296,fsdp=4294967296",
+        ] {
+            assert_eq!(TrainMesh::parse(text).map_err(|d| d.code), Err("E0307"), "{text}");
+        }
+        assert_eq!(mesh("fsdp=4,expert_fsdp_dim=0").to_string(), "fsdp=4,expert_fsdp_dim=0");
+        assert_eq!(mesh("fsdp=4,expert_fsdp_dim=1").to_string(), "fsdp=4");
+    }
 }

@@ -83,6 +83,14 @@ fn refused_manifests() {
         (r#"{"schema":2,"mesh":[],"tensors":[]}"#.into(), "schema is 2"),
         (r#"{"schema":1,"mesh":[["a",0]],"tensors":[]}"#.into(), "axis a has size 0"),
         (r#"{"schema":1,"mesh":[["a",1],["a",2]],"tensors":[]}"#.into(), "lists a twice"),
+        (
+            r#"{"schema":1,"mesh":[["a",4294967296],["b",4294967296]],"tensors":[]}"#.into(),
+            "mesh has more than 1048576 ranks",
+        ),
+        (tensor(r#""placements":["SS(0,1048577)"]"#), "has more than 1048576 parts"),
+        (tensor(r#""placements":["R"],"on":{"pp":0}"#), "w is on axis pp, which the mesh"),
+        (tensor(r#""placements":["R"],"on":{"fsdp":8}"#), "fsdp=8, the axis has size 8"),
+        (tensor(r#""placements":["S(0)"],"on":{"fsdp":1}"#), "fsdp=1 and cut by fsdp"),
         (r#"{"schema":1,"mesh":[]}"#.into(), "line 1"),
     ];
     for (text, words) in sources {
