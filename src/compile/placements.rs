@@ -39,7 +39,7 @@ impl<'a> Placements<'a> {
                     roles.entry(source.name.clone()).or_insert(role);
                 }
             }
-            stages_of(train, stages, &mut roles);
+            stages_of(train, &mut roles);
         }
         Placements::Rules { train, roles }
     }
@@ -111,31 +111,17 @@ fn given(mesh: &[(String, u64)], world: u64, tensor: &SourceTensor, shape: &[u64
     Layout::of(shape, &cuts, (0..world as u32).filter(holds))
 }
 
-/// Pipeline stages: a layer's by its number, else the first before all layers, the last after.
-fn stages_of(train: &TrainMesh, stages: &[Plan], roles: &mut HashMap<String, SourceRole>) {
-    if train.pp == 1 {
-        return;
-    }
+/// Pipeline stages: a layer's by its number; of the rest the embedding is on the first and what
+/// follows the layers on the last, told apart by name.
+fn stages_of(train: &TrainMesh, roles: &mut HashMap<String, SourceRole>) {
     let number = |name: &str| name.split('.').find_map(|word| word.parse::<u64>().ok());
     let layers = roles.keys().filter_map(|n| number(n)).max().map_or(0, |n| n + 1);
-    for plan in stages {
-        let first = plan.sources.iter().position(|s| number(&s.name).is_some());
-        for (i, source) in plan.sources.iter().enumerate() {
-            let stage = match number(&source.name) {
-                Some(layer) => train.stage_of(layer, layers),
-                None if first.is_none_or(|f| i < f) => 0,
-                None => train.pp - 1,
-            };
-            let scale = match &source.format {
-                SourceFormat::Quantized { scale, .. } => Some(scale.name.as_str()),
-                SourceFormat::Plain(_) => None,
-            };
-            for name in [Some(source.name.as_str()), scale].into_iter().flatten() {
-                if let Some(role) = roles.get_mut(name) {
-                    role.stage = stage;
-                }
-            }
-        }
+    for (name, role) in roles {
+        role.stage = match number(name) {
+            Some(layer) => train.stage_of(layer, layers),
+            None if name.contains("embed") => 0,
+            None => train.pp - 1,
+        };
     }
 }
 

@@ -124,7 +124,15 @@ impl TrainMesh {
         let among = Box::new(move |rank| fsdp_of(rank) / ep);
         let within = Box::new(move |rank| fsdp_of(rank) % ep);
         match role.expert {
-            _ if role.scales || shape.is_empty() => {}
+            _ if shape.is_empty() => {}
+            // A block scale is wherever some of its expert's codes may be.
+            ExpertRole::Dim0 if role.scales => {
+                add(ep, within, Placement::Shard(0));
+                if self.expert_fsdp_dim == 0 {
+                    add(outer, among, Placement::Shard(0));
+                }
+            }
+            _ if role.scales => {}
             ExpertRole::None => add(fsdp, Box::new(fsdp_of), over(0)),
             ExpertRole::One { .. } if self.expert_fsdp_dim == 1 => add(outer, among, over(0)),
             ExpertRole::One { .. } => {}
