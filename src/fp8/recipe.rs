@@ -40,6 +40,11 @@ pub enum ScaleFormat {
 }
 
 impl ScaleFormat {
+    /// The form whose elements have a type; f32 for every other than e8m0.
+    pub fn of(dtype: DType) -> ScaleFormat {
+        if dtype == DType::E8m0 { ScaleFormat::E8m0 } else { ScaleFormat::F32 }
+    }
+
     /// Element type of the stored scales.
     pub const fn dtype(self) -> DType {
         match self {

@@ -184,8 +184,7 @@ impl<'a> Build<'a> {
 
     /// Ranks of all replicas that hold a unit, ascending.
     fn receivers_of(&mut self, unit: &Unit) -> Arc<[RankId]> {
-        let mut ranks: Vec<u32> = unit.receivers.iter().map(|r| r.rank).collect();
-        ranks.dedup();
+        let ranks = unit.ranks();
         if let Some(known) = self.receivers.get(&ranks) {
             return Arc::clone(known);
         }

@@ -8,6 +8,7 @@ use crate::lower::Program;
 use crate::shard::Window;
 use crate::topo::RankId;
 
+use super::owners::receivers;
 use super::{Graph, Part, Route};
 
 /// Proves a graph against the units of its program that it is for.
@@ -20,6 +21,7 @@ pub fn check(
     graph: &Graph,
 ) -> Result<(), Diagnostic> {
     let bad = |what: String| Diagnostic::error("E0502", what);
+    let replicas = graph.ranks / (program.ranks.len() as u32).max(1);
     let routes: Result<Vec<Vec<RankId>>, String> = graph.routes.iter().map(reached).collect();
     let routes = routes.map_err(bad)?;
     let mut made: Vec<u64> = vec![0; program.units.len()];
@@ -40,8 +42,9 @@ pub fn check(
             }
             windows[part.unit as usize].push(&part.window);
             made[part.unit as usize] += part.bytes();
-            let wanted =
-                wanted.entry(part.unit).or_insert_with(|| receivers(program, graph, part.unit));
+            let wanted = wanted
+                .entry(part.unit)
+                .or_insert_with(|| receivers(program, replicas, &unit.ranks()));
             if wanted != reached {
                 return Err(bad(format!("{} goes to ranks that do not hold it", unit.name)));
             }
@@ -94,12 +97,4 @@ fn reached(route: &Route) -> Result<Vec<RankId>, String> {
         }
     }
     Ok(has.into_iter().collect())
-}
-
-fn receivers(program: &Program, graph: &Graph, unit: u32) -> Vec<RankId> {
-    let world = program.ranks.len() as u64;
-    let ranks: BTreeSet<u64> =
-        program.units[unit as usize].receivers.iter().map(|r| u64::from(r.rank)).collect();
-    let replicas = 0..u64::from(graph.ranks) / world.max(1);
-    replicas.flat_map(|r| ranks.iter().map(move |i| RankId(r * world + i))).collect()
 }

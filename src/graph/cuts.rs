@@ -1,15 +1,17 @@
 //! How a unit is cut: slices, the parts of each by owner, the tiles that owners share. Units that
 //! differ only in which tensors they read, placed alike, are cut once.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::diag::Diagnostic;
 use crate::lower::{Program, Unit};
-use crate::shard::{Apart, Layouts, Leaf, Share, Storage, Window};
+use crate::shard::{Apart, Leaf, Share, Storage, Window};
 use crate::topo::Layout;
 
 use super::owners::{operands_apart, owned, tiles_are_whole};
@@ -48,10 +50,11 @@ pub(super) struct OwnedPart {
 pub(super) struct Cuts<'a> {
     program: &'a Program,
     layouts: HashMap<*const Layout, u64>,
-    known: HashMap<u128, Rc<Vec<std::cell::RefCell<Slice>>>>,
+    known: HashMap<u128, Slices>,
 }
 
-pub(super) type Slices = Rc<Vec<std::cell::RefCell<Slice>>>;
+/// The slices of all units that are cut alike.
+pub(super) type Slices = Rc<Vec<RefCell<Slice>>>;
 
 impl<'a> Cuts<'a> {
     pub(super) fn new(program: &'a Program) -> Self {
@@ -99,12 +102,11 @@ impl<'a> Cuts<'a> {
         expr.views_mut(&mut |view| {
             let Storage::Source(id) = view.storage else { return };
             let layout = &self.program.sources[id as usize].layout;
-            let number =
-                self.layouts.entry(std::sync::Arc::as_ptr(layout)).or_insert_with(|| {
-                    let mut own = Digest::default();
-                    layout.hash(&mut own);
-                    own.finish()
-                });
+            let number = self.layouts.entry(Arc::as_ptr(layout)).or_insert_with(|| {
+                let mut own = Digest::default();
+                layout.hash(&mut own);
+                own.finish()
+            });
             number.hash(&mut hash);
             view.storage = Storage::Source(0);
         });
@@ -135,12 +137,10 @@ fn slice(
     leaf: Option<&Leaf<'_>>,
     window: Window,
 ) -> Result<Slice, Diagnostic> {
-    let of = |source: u32| &*program.sources[source as usize].layout;
-    let layouts = Layouts { of: &of };
     let apart = |a: Apart| operands_apart(unit, &a.0);
-    let shares = layouts.shares(&unit.expr, &window).map_err(apart)?;
+    let shares = program.shares(&unit.expr, &window).map_err(apart)?;
     let inputs = match leaf {
-        Some(leaf) => layouts.input_shares(leaf.made, &leaf.region(&window)).map_err(apart)?,
+        Some(leaf) => program.input_shares(leaf.made, &leaf.region(&window)).map_err(apart)?,
         None => Vec::new(),
     };
     let replicas = shares.iter().filter_map(|s| Some(s.holders.as_deref()?.len())).max();
@@ -177,7 +177,7 @@ impl Slice {
             let inputs = owned(&self.inputs, choice);
             new.shared = shared(&leaf, &parts, inputs);
         }
-        let mut loads: std::collections::BTreeMap<u32, u64> = Default::default();
+        let mut loads: BTreeMap<u32, u64> = BTreeMap::new();
         for (owner, window) in parts {
             let (value_bytes, scale_bytes) = unit.bytes_of(&window);
             *loads.entry(owner).or_default() += value_bytes + scale_bytes;

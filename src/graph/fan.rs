@@ -47,9 +47,7 @@ fn loads(program: &Program, replicas: u32, cluster: &Cluster) -> Loads {
     let mut loads = Loads::default();
     let mut known: HashMap<Vec<u32>, Vec<u64>> = HashMap::new();
     for unit in program.units.iter().filter(|u| !u.is_constant()) {
-        let mut ranks: Vec<u32> = unit.receivers.iter().map(|r| r.rank).collect();
-        ranks.dedup();
-        let hosts = known.entry(ranks).or_insert_with_key(|ranks| {
+        let hosts = known.entry(unit.ranks()).or_insert_with_key(|ranks| {
             let host = |r: &RankId| cluster.host(cluster.gpu(Peer::Rank(*r), program.trainers));
             let mut hosts: Vec<u64> =
                 receivers(program, replicas, ranks).iter().map(host).collect();

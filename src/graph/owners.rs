@@ -2,7 +2,7 @@
 
 use crate::diag::Diagnostic;
 use crate::lower::{Program, Unit};
-use crate::shard::{Expr, Layouts, Share, Window};
+use crate::shard::{Expr, Share, Window};
 use crate::topo::RankId;
 
 use super::shared::{Made, shared_tiles};
@@ -36,9 +36,7 @@ pub fn each_value(program: &Program, replicas: u32, f: EachValue<'_>) {
         if unit.shape.contains(&0) || unit.is_constant() {
             continue;
         }
-        let mut ranks: Vec<u32> = unit.receivers.iter().map(|r| r.rank).collect();
-        ranks.dedup();
-        let needed_by = receivers(program, replicas, &ranks);
+        let needed_by = receivers(program, replicas, &unit.ranks());
         for share in shares(program, unit).unwrap_or_default() {
             let (values, scales) = unit.bytes_of(&share.window);
             if let Some(holders) = &share.holders {
@@ -58,9 +56,8 @@ pub(super) fn receivers(program: &Program, replicas: u32, ranks: &[u32]) -> Vec<
 }
 
 fn shares(program: &Program, unit: &Unit) -> Result<Vec<Share>, Diagnostic> {
-    let of = |source: u32| &*program.sources[source as usize].layout;
     let all = Window::whole(&unit.shape);
-    Layouts { of: &of }.shares(&unit.expr, &all).map_err(|a| operands_apart(unit, &a.0))
+    program.shares(&unit.expr, &all).map_err(|a| operands_apart(unit, &a.0))
 }
 
 /// True if an element of the result needs more than one element of what trainer ranks hold.
@@ -72,14 +69,12 @@ fn has_operands(expr: &Expr) -> bool {
 
 /// Where several recipes make a unit, each rank must hold whole tiles of all of them.
 pub(super) fn tiles_are_whole(program: &Program, unit: &Unit) -> Result<(), Diagnostic> {
-    let of = |source: u32| &*program.sources[source as usize].layout;
-    let layouts = Layouts { of: &of };
     let mut recipes = Vec::new();
     unit.expr.recipes(&mut |made| recipes.push(made));
     for made in recipes {
         let all = Window::whole(&made.extent);
         let shares =
-            layouts.input_shares(made, &all).map_err(|a| operands_apart(unit, &a.0))?;
+            program.input_shares(made, &all).map_err(|a| operands_apart(unit, &a.0))?;
         let parts: Vec<Made> = (owned(&shares, 0).into_iter())
             .map(|(owner, window)| Made { window, owner })
             .collect();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::diag::Span;
 use crate::dtype::DType;
 use crate::ir::{Dims, Quant, Type};
-use crate::shard::{Expr, Piece, TilesFrom, Window};
+use crate::shard::{Apart, Expr, Layouts, Made, Piece, Share, TilesFrom, Window};
 use crate::topo::{Coords, Layout, RankId};
 
 /// Where a trainer tensor's elements are, as one storage (scales are a storage of their own).
@@ -182,9 +182,14 @@ impl Unit {
 
     /// True if it holds nothing of the trainer's: every rank makes it itself.
     pub fn is_constant(&self) -> bool {
-        let mut reads = false;
-        self.expr.views(&mut |_| reads = true);
-        !reads
+        self.expr.is_constant()
+    }
+
+    /// Indices of the ranks that hold it, ascending.
+    pub fn ranks(&self) -> Vec<u32> {
+        let mut ranks: Vec<u32> = self.receivers.iter().map(|r| r.rank).collect();
+        ranks.dedup();
+        ranks
     }
 }
 
@@ -200,6 +205,22 @@ pub struct Program {
 }
 
 impl Program {
+    /// Who holds what a window of an expression is made of; see [`Layouts::shares`].
+    ///
+    /// # Errors
+    /// A part for which no rank holds all operands.
+    pub fn shares(&self, expr: &Expr, window: &Window) -> Result<Vec<Share>, Apart> {
+        Layouts { of: &|id| &*self.sources[id as usize].layout }.shares(expr, window)
+    }
+
+    /// The same of a window of what a recipe quantizes.
+    ///
+    /// # Errors
+    /// A part for which no rank holds all operands.
+    pub fn input_shares(&self, made: &Made, window: &Window) -> Result<Vec<Share>, Apart> {
+        Layouts { of: &|id| &*self.sources[id as usize].layout }.input_shares(made, window)
+    }
+
     /// Numbers of all units.
     pub fn all(&self) -> std::ops::Range<u32> {
         0..self.units.len() as u32

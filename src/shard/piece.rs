@@ -152,6 +152,13 @@ impl Expr {
         }
     }
 
+    /// True if it is made of the plan's constants alone.
+    pub fn is_constant(&self) -> bool {
+        let mut reads = false;
+        self.views(&mut |_| reads = true);
+        !reads
+    }
+
     /// Calls `f` for every view, to change it.
     pub fn views_mut(&mut self, f: &mut dyn FnMut(&mut View)) {
         match self {

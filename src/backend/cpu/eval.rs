@@ -172,14 +172,12 @@ pub(super) fn expr(inputs: &Inputs<'_>, e: &Expr, len: &[u64], out: &mut [u8]) -
                     tiles_into(inputs, tiles, of, &mut vec![0; count(of)], &mut scales)?;
                 }
             }
-            let e8m0 = *dtype == DType::E8m0;
-            let format = if e8m0 { ScaleFormat::E8m0 } else { ScaleFormat::F32 };
-            store_scales(&scales, format, out);
+            store_scales(&scales, ScaleFormat::of(*dtype), out);
             Ok(())
         }
         _ => {
             let numbers = numbers(inputs, e, len)?;
-            inputs.note(!reads(e) || numbers.iter().all(|x| x.is_finite()));
+            inputs.note(e.is_constant() || numbers.iter().all(|x| x.is_finite()));
             out.copy_from_slice(Bits::from_f32(&numbers, e.dtype()).bytes());
             Ok(())
         }
@@ -214,13 +212,6 @@ pub(super) fn numbers(inputs: &Inputs<'_>, e: &Expr, len: &[u64]) -> Fallible<Ve
             Err(Diagnostic::error("E0502", "a quantized value where numbers are wanted"))
         }
     }
-}
-
-/// True unless the expression is made of the plan's constants alone.
-fn reads(e: &Expr) -> bool {
-    let mut any = false;
-    e.views(&mut |_| any = true);
-    any
 }
 
 /// The result of an f32 operation: a NaN is the one that GPUs give, whatever went in.

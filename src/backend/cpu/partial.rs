@@ -99,9 +99,7 @@ impl Partial<'_> {
                         Ok(made.recipe.scale_of(bits))
                     };
                     let scales: Fallible<Vec<f32>> = indices(window).map(scale).collect();
-                    let e8m0 = *dtype == DType::E8m0;
-                    let format = if e8m0 { ScaleFormat::E8m0 } else { ScaleFormat::F32 };
-                    eval::store_scales(&scales?, format, out);
+                    eval::store_scales(&scales?, ScaleFormat::of(*dtype), out);
                     Ok(())
                 }
                 TilesFrom::Stored(_) => self.cropped(e, window, out),

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::diag::Diagnostic;
 use crate::graph::{Part, SharedTiles, slabs};
 use crate::lower::Unit;
-use crate::shard::{Layouts, Window};
+use crate::shard::Window;
 use crate::topo::{Peer, RankId};
 
 use super::partial::{Agreed, Partial, maxima};
@@ -304,9 +304,7 @@ fn partial(
     let leaf = unit.expr.leaf();
     let leaf =
         leaf.ok_or_else(|| Diagnostic::error("E0502", "a unit without tiles shares some"))?;
-    let of = |source: u32| &*program.sources[source as usize].layout;
-    let layouts = Layouts { of: &of };
-    let shares = layouts.input_shares(leaf.made, &leaf.made.elements_of(&tiles.tiles));
+    let shares = program.input_shares(leaf.made, &leaf.made.elements_of(&tiles.tiles));
     let shares = shares.map_err(|_| Diagnostic::error("E0502", "shared operands lie apart"))?;
     let own = shares
         .into_iter()
