@@ -8,6 +8,8 @@ mod cpu;
 mod limits;
 #[path = "laws/pieces.rs"]
 mod pieces;
+#[path = "laws/tables.rs"]
+mod tables;
 #[path = "laws/train.rs"]
 mod train;
 #[path = "laws/world.rs"]
@@ -31,10 +33,10 @@ use world::{Values, World, compile_case, compile_sharded};
 
 /// Evaluates a compiled plan: for each rank its targets in the plan's order, none for what it
 /// does not store.
-type Evaluator = fn(&Compiled, &World) -> Vec<Vec<Option<Stored>>>;
+type Evaluator<'a> = &'a dyn Fn(&Compiled, &World) -> Vec<Vec<Option<Stored>>>;
 
 /// Law 1: what an evaluator makes of a rank is what the oracle finds, bit for bit.
-fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evaluator) {
+fn check_against_oracle(case: &Case, seed: u64, values: Values, evaluate: Evaluator<'_>) {
     let world = World::random(&case.sources, seed, values);
     check_compiled(case, &world, compile_case(case, &world), evaluate);
 }
@@ -43,7 +45,7 @@ fn check_compiled(
     case: &Case,
     world: &World,
     compiled: Result<Compiled, Vec<Diagnostic>>,
-    evaluate: Evaluator,
+    evaluate: Evaluator<'_>,
 ) {
     let compiled = match compiled {
         Ok(compiled) => compiled,
@@ -72,7 +74,7 @@ fn check_compiled(
 }
 
 /// Law 4 and 5 for a case's own trainer mesh, each rank with its own memory.
-fn check_sharded(case: &Case, world: &World) {
+fn check_sharded(case: &Case, world: &World, evaluate: Evaluator<'_>) {
     let compiled = compile_sharded(case, world);
     if let Err(e) = &compiled
         && e.iter().any(|d| d.code == "E0308")
@@ -85,7 +87,7 @@ fn check_sharded(case: &Case, world: &World) {
         assert!(may && e.iter().all(|d| ["E0308", "E0501"].contains(&d.code)), "{e:#?}");
         return;
     }
-    check_compiled(case, world, compiled, cpu::evaluate);
+    check_compiled(case, world, compiled, evaluate);
 }
 
 /// Failures are kept in a file and tried first.
@@ -118,18 +120,25 @@ proptest! {
 
     #[test]
     fn pieces_are_what_the_oracle_finds(case in case(), seed: u64) {
-        check_against_oracle(&case, seed, Values::Any, pieces::evaluate);
+        check_against_oracle(&case, seed, Values::Any, &pieces::evaluate);
     }
 
     #[test]
     fn the_cpu_backend_writes_what_the_oracle_finds(case in case(), seed: u64) {
-        check_against_oracle(&case, seed, Values::Any, cpu::evaluate);
+        check_against_oracle(&case, seed, Values::Any, &cpu::evaluate);
     }
 
     #[test]
     fn a_sharded_trainer_writes_what_the_oracle_finds(case in case(), seed: u64) {
         let world = World::random(&case.sources, seed, Values::Any);
-        check_sharded(&case, &world);
+        check_sharded(&case, &world, &cpu::evaluate);
+    }
+
+    #[test]
+    fn gpu_programs_write_what_the_oracle_finds(case in case(), seed: u64, count in 1usize..5, mapped: bool) {
+        let world = World::random(&case.sources, seed, Values::Any);
+        let gpus = tables::Gpus { count, mapped };
+        check_sharded(&case, &world, &|c, w| tables::evaluate(c, w, gpus));
     }
 
     #[test]

@@ -58,6 +58,16 @@ impl TargetStorage {
     pub fn bytes(&self) -> u64 {
         self.shape.iter().product::<u64>() * self.dtype.size()
     }
+
+    /// Bytes from its first element to the end of its last one: more than [`Self::bytes`] where
+    /// a view leaves gaps.
+    pub fn span(&self) -> u64 {
+        if self.shape.contains(&0) {
+            return 0;
+        }
+        let last: u64 = self.shape.iter().zip(&self.strides).map(|(n, s)| (n - 1) * s).sum();
+        (last + 1) * self.dtype.size()
+    }
 }
 
 /// A target parameter on one rank.

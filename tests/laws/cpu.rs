@@ -76,10 +76,10 @@ fn room(compiled: &Compiled) -> Vec<Vec<Option<Stored>>> {
     compiled.program.ranks.iter().map(rank).collect()
 }
 
-type Local = (String, DType, Vec<u64>, Vec<u8>);
+pub type Local = (String, DType, Vec<u64>, Vec<u8>);
 
 /// What a trainer rank holds of a world, cut out element by element.
-fn shards(compiled: &Compiled, world: &World, trainer: u32) -> Vec<Local> {
+pub fn shards(compiled: &Compiled, world: &World, trainer: u32) -> Vec<Local> {
     let mut out = Vec::new();
     for source in &compiled.program.sources {
         let (dtype, shape, bytes) = &world.tensors[&source.name];
