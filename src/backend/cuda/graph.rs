@@ -120,8 +120,8 @@ impl Captured {
 impl Drop for Captured {
     fn drop(&mut self) {
         if let Ok(_here) = self.gpu.enter() {
-            // SAFETY: both were made for this and are destroyed once; a launch under way ends
-            // first.
+            // SAFETY: both were made for this and are destroyed once; the driver puts it off
+            // until a launch under way has ended.
             let _ = unsafe { sys::cuGraphExecDestroy(self.exec) };
             Captured::discard(self.graph);
         }
