@@ -29,8 +29,8 @@
 //! # Invariants
 //! `tests/tidy.rs` enforces the first five.
 //! - A module uses only modules that stand before it in the table.
-//! - rhai lives in [`script`], the terminal in [`cli`].
-//! - `unsafe` lives in `fp8/simd` (and, once there is one, the CUDA backend), with a SAFETY line.
+//! - rhai lives in [`script`], CUDA in [`backend::cuda`], the terminal in [`cli`].
+//! - `unsafe` lives in `fp8/simd` and [`backend::cuda`], with a SAFETY line.
 //! - Files are short and begin with what they own.
 //! - Library code does not unwrap.
 //! - Planning does no IO, reads no clock and iterates no hash map in an order that shows: the

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use bytemuck::{Pod, bytes_of_mut};
 use kernelcast::backend::cuda::jobs::{self, Evaluation, Form, Job, Operand, Segment};
 use kernelcast::backend::cuda::{
-    Build, Flag, Instruction, Memory, Room, SeatProgram, Seats, Staging, Table, Tensor,
-    local_shape, staging_bytes, words_of,
+    Build, Flag, Instruction, Room, SeatProgram, Seats, Staging, Table, Tensor, local_shape,
+    staging_bytes, words_of,
 };
 use kernelcast::backend::reference::Stored;
 use kernelcast::compile::Compiled;
@@ -300,7 +300,7 @@ struct Addresses<'a> {
     staging: Staging,
 }
 
-impl Memory for Addresses<'_> {
+impl kernelcast::backend::cuda::Addresses for Addresses<'_> {
     fn sources(&self, trainer: u32) -> &[Option<Tensor>] {
         &self.sources[trainer as usize]
     }

@@ -17,7 +17,7 @@ use super::seats::{Parcel, Seat, Seats, parcels};
 
 /// Where everything lies that a GPU's jobs may touch. Addresses of other GPUs' memory are as
 /// this one sees them.
-pub trait Memory {
+pub trait Addresses {
     /// The shards of a trainer rank on this GPU, by source.
     fn sources(&self, trainer: u32) -> &[Option<Tensor>];
 
@@ -52,7 +52,7 @@ pub struct Build<'a> {
     pub graph: &'a Graph,
     pub seats: &'a Seats,
     pub seat: Seat,
-    pub memory: &'a dyn Memory,
+    pub memory: &'a dyn Addresses,
     pub(super) parcels: Vec<Parcel>,
     /// By trainer rank and unit: boxes of shared tiles, and the place of their first word.
     shared: BTreeMap<(u32, u32), Vec<(SharedTiles, u64)>>,
@@ -67,7 +67,7 @@ impl<'a> Build<'a> {
         graph: &'a Graph,
         seats: &'a Seats,
         seat: Seat,
-        memory: &'a dyn Memory,
+        memory: &'a dyn Addresses,
     ) -> Self {
         let (shared, words) = shared_words(graph);
         let parcels = parcels(graph, seats);

@@ -1,9 +1,21 @@
-//! The CUDA backend: tables of jobs, one kernel, NVLink stores or NCCL, captured once.
+//! The CUDA backend: tables of jobs, one kernel, NVLink stores or NCCL, captured once. The only
+//! home of the driver, NVRTC and NCCL, all found at run time.
+#![allow(unsafe_code)]
 
 mod build;
+pub mod cache;
+mod comm;
+pub mod driver;
+mod errors;
+mod graph;
 pub mod jobs;
 mod land;
+mod library;
 mod maxima;
+mod memory;
+mod module;
+pub mod nccl;
+pub mod nvrtc;
 mod packed;
 mod parts;
 mod peer;
@@ -12,11 +24,14 @@ mod program;
 mod reader;
 mod seats;
 mod segments;
+mod stream;
 mod table;
+#[cfg(test)]
+mod tests;
 mod tiles;
 mod values;
 
-pub use build::{Build, Memory, Staging, words_of};
+pub use build::{Addresses, Build, Staging, words_of};
 pub use maxima::staging_bytes;
 pub use packed::Room;
 pub use place::{Tensor, local_shape};
@@ -26,4 +41,5 @@ pub use table::{SCRATCH, Table};
 
 use crate::diag::Diagnostic;
 
-type Fallible<T> = Result<T, Diagnostic>;
+/// What a call of this backend gives.
+pub(crate) type Fallible<T> = Result<T, Diagnostic>;
