@@ -22,6 +22,7 @@
 //! | [`graph`] | chunks, buckets, and each rank's steps, with a verifier |
 //! | [`mod@simulate`] | a schedule against the clock of each link of a cluster |
 //! | [`io`] | safetensors in and out, JSON inputs |
+//! | [`rendezvous`] | how the processes of a run meet, agree and hear of failures: all HTTP and JSON |
 //! | [`backend`] | the CPU backend, and the reference interpreter that judges it |
 //! | [`mod@compile`], [`table`], [`mod@check`], [`load`], [`exec`], [`memory`], [`verify`] | the library's calls |
 //! | [`cli`] | the binary `engine` |
@@ -29,7 +30,8 @@
 //! # Invariants
 //! `tests/tidy.rs` enforces the first five.
 //! - A module uses only modules that stand before it in the table.
-//! - rhai lives in [`script`], CUDA in [`backend::cuda`], the terminal in [`cli`].
+//! - rhai lives in [`script`], HTTP in [`rendezvous`], CUDA in [`backend::cuda`], the terminal
+//!   in [`cli`].
 //! - `unsafe` lives in `fp8/simd` and [`backend::cuda`], with a SAFETY line.
 //! - Files are short and begin with what they own.
 //! - Library code does not unwrap.
@@ -53,6 +55,7 @@ pub mod ir;
 pub mod load;
 pub mod lower;
 pub mod memory;
+pub mod rendezvous;
 pub mod script;
 pub mod shard;
 pub mod simulate;

@@ -109,4 +109,26 @@ and sent as the recipe encodes it; every value of its block may be spoiled with 
 message names the tensor, the count and the first index. Without the flag this is the
 error E0602.",
     },
+    Code {
+        code: "E0610",
+        title: "the processes of a run cannot be put together",
+        text: "\
+A run of several processes reads each one's place from its launcher: RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT from torchrun, or SLURM_PROCID, SLURM_NTASKS and
+SLURM_LOCALID from srun, with MASTER_ADDR and MASTER_PORT exported by you. One of them
+is missing or malformed, two processes claim one number or differ in how many they are,
+the port is taken, or what answers there is another run. Process 0 listens at
+MASTER_ADDR on KERNELCAST_PORT (if unset, MASTER_PORT + 1). Processes of one run share a
+token: KERNELCAST_TOKEN, else the id that torchrun or Slurm gave the job.",
+    },
+    Code {
+        code: "E0611",
+        title: "processes of a run do not agree",
+        text: "\
+Before anything moves, all processes compare what they are about to do: the digest of
+the plan, the hash of the schedule, the version of the engine. The message names a
+process that differs, and both values. Usually one host has an older copy of the plan,
+the config, the expert map or the engine, or was started with other flags. Nothing was
+written.",
+    },
 ];
