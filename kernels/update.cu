@@ -7,7 +7,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-enum Kind : u8 { COPY, QUANTIZE, MAXIMUM, EVALUATE };
+enum Kind : u8 { COPY, QUANTIZE, MAXIMUM, EVALUATE, SCAN };
 enum Type : u8 { F32, BF16, F16, E4M3, E8M0, I32, U8 };
 enum Recipe : u8 { VLLM, DEEPGEMM, PRIME_RL, UE8M0 };
 enum Mode : u8 { VALUES, TILE, AMAX };
@@ -341,7 +341,8 @@ __device__ __forceinline__ bool bad_word(u32 dtype, T word) {
   return found;
 }
 
-__device__ void copy_wide(const Job& job, const Form& form, u32 row_bytes, u32* bad) {
+template <bool STORE>
+__device__ __forceinline__ void copy_wide(const Job& job, const Form& form, u32 row_bytes, u32* bad) {
   const u32 chunks = row_bytes / 16, all = chunks * job.rows;
   bool found = false;
   for (u32 start = threadIdx.x; start < all; start += 8 * THREADS) {
@@ -356,33 +357,35 @@ __device__ void copy_wide(const Job& job, const Form& form, u32 row_bytes, u32* 
       u32 at = start + i * THREADS;
       if (at < all) {
         found |= bad_word(form.dtype, v[i]);
-        *(uint4*)(job.dst + at / chunks * form.dst_row + at % chunks * 16) = v[i];
+        if (STORE) *(uint4*)(job.dst + at / chunks * form.dst_row + at % chunks * 16) = v[i];
       }
     }
   }
   if (found) mark(bad, form.unit);
 }
 
-template <typename T>
-__device__ void copy_elements(const Job& job, const Form& form, u32* bad) {
+template <bool STORE, typename T>
+__device__ __forceinline__ void copy_elements(const Job& job, const Form& form, u32* bad) {
   const u32 cols = job.cols, all = cols * job.rows;
   bool found = false;
   for (u32 at = threadIdx.x; at < all; at += THREADS) {
     T v = *(const T*)(job.src + at / cols * form.src_row + at % cols * sizeof(T));
     found |= bad_bits(form.dtype, v);
-    *(T*)(job.dst + at / cols * form.dst_row + at % cols * sizeof(T)) = v;
+    if (STORE) *(T*)(job.dst + at / cols * form.dst_row + at % cols * sizeof(T)) = v;
   }
   if (found) mark(bad, form.unit);
 }
 
+// Only looks at the elements if `STORE` is false.
+template <bool STORE>
 __device__ __noinline__ void copy(const Job& job, const Form& form, u32* bad) {
   u32 size = size_of(form.dtype), row_bytes = job.cols * size;
   u64 bits = job.src | job.dst | row_bytes;
   if (job.rows > 1) bits |= (u64)form.src_row | (u64)form.dst_row;
-  if (bits % 16 == 0) return copy_wide(job, form, row_bytes, bad);
-  if (size == 4) return copy_elements<u32>(job, form, bad);
-  if (size == 2) return copy_elements<u16>(job, form, bad);
-  copy_elements<u8>(job, form, bad);
+  if (bits % 16 == 0) return copy_wide<STORE>(job, form, row_bytes, bad);
+  if (size == 4) return copy_elements<STORE, u32>(job, form, bad);
+  if (size == 2) return copy_elements<STORE, u16>(job, form, bad);
+  copy_elements<STORE, u8>(job, form, bad);
 }
 
 // Raises words to those of another rank.
@@ -586,7 +589,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) update(const Header* ta
     const Job job = ((const Job*)t.jobs)[i];
     const Form form = ((const Form*)t.forms)[job.form];
     switch (form.kind) {
-      case COPY: copy(job, form, bad); break;
+      case COPY: copy<true>(job, form, bad); break;
+      case SCAN: copy<false>(job, form, bad); break;
       case QUANTIZE:
         if (job.rows != 128 || job.cols != 128) quantize_ragged(job, form, bad);
         else if (form.recipe == PRIME_RL) quantize_full<true>(job, form, bad);

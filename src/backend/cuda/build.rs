@@ -53,6 +53,9 @@ pub struct Build<'a> {
     pub seats: &'a Seats,
     pub seat: Seat,
     pub memory: &'a dyn Addresses,
+    /// Whether the plan's constants are filled before, and derived parameters computed after.
+    pub constants: bool,
+    pub derived: bool,
     pub(super) parcels: Vec<Parcel>,
     /// By trainer rank and unit: boxes of shared tiles, and the place of their first word.
     shared: BTreeMap<(u32, u32), Vec<(SharedTiles, u64)>>,
@@ -72,7 +75,20 @@ impl<'a> Build<'a> {
         let (shared, words) = shared_words(graph);
         let parcels = parcels(graph, seats);
         let out = SeatProgram::default();
-        Build { program, graph, seats, seat, memory, parcels, shared, words, out }
+        let (constants, derived) = (true, true);
+        Build {
+            program,
+            graph,
+            seats,
+            seat,
+            memory,
+            constants,
+            derived,
+            parcels,
+            shared,
+            words,
+            out,
+        }
     }
 
     /// Words of a trainer rank's maxima.
@@ -154,13 +170,13 @@ impl<'a> Build<'a> {
     }
 
     /// Adds what the inference ranks here make of constants.
-    pub(super) fn constants(&mut self) -> Fallible<()> {
-        self.own(&constants)
+    pub(super) fn fill_constants(&mut self) -> Fallible<()> {
+        if self.constants { self.own(&constants) } else { Ok(()) }
     }
 
     /// Adds what the inference ranks here make of what has landed.
-    pub(super) fn derived(&mut self) -> Fallible<()> {
-        self.own(&derived)
+    pub(super) fn derive(&mut self) -> Fallible<()> {
+        if self.derived { self.own(&derived) } else { Ok(()) }
     }
 
     fn own(&mut self, work: OwnWork<'_>) -> Fallible<()> {

@@ -19,6 +19,7 @@ pub const COPY: u8 = 0;
 pub const QUANTIZE: u8 = 1;
 pub const MAXIMUM: u8 = 2;
 pub const EVALUATE: u8 = 3;
+pub const SCAN: u8 = 4;
 
 /// What becomes of a box's values.
 pub const VALUES: u8 = 0;

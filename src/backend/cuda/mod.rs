@@ -2,11 +2,13 @@
 //! home of the driver, NVRTC and NCCL, all found at run time.
 #![allow(unsafe_code)]
 
+mod arena;
 mod build;
 pub mod cache;
 mod comm;
 pub mod driver;
 mod errors;
+mod files;
 mod graph;
 pub mod jobs;
 mod land;
@@ -16,6 +18,7 @@ mod memory;
 mod module;
 pub mod nccl;
 pub mod nvrtc;
+mod neighbours;
 mod packed;
 mod parts;
 mod peer;
@@ -24,6 +27,8 @@ mod program;
 mod reader;
 mod seats;
 mod segments;
+pub mod run;
+pub mod session;
 mod stream;
 mod table;
 #[cfg(test)]

@@ -66,7 +66,7 @@ impl Build<'_> {
     /// E0501 for an expression that no job computes.
     pub fn nccl(mut self) -> Fallible<SeatProgram> {
         self.agree(false)?;
-        self.constants()?;
+        self.fill_constants()?;
         let parcels = std::mem::take(&mut self.parcels);
         let last = |p: &Parcel| {
             p.bucket + p.tree.edges.iter().map(|e| e.hop as usize).max().unwrap_or(0)
@@ -82,7 +82,7 @@ impl Build<'_> {
         }
         self.out.after(Lane::Make, Lane::Store);
         self.out.after(Lane::Make, Lane::Move);
-        self.derived()?;
+        self.derive()?;
         Ok(self.out)
     }
 

@@ -17,7 +17,7 @@ impl Build<'_> {
     /// E0501 for an expression that no job computes, E0605 for memory that this GPU does not see.
     pub fn peer(mut self) -> Fallible<SeatProgram> {
         self.agree(true)?;
-        self.constants()?;
+        self.fill_constants()?;
         let parcels = std::mem::take(&mut self.parcels);
         let hops = parcels.iter().flat_map(|p| &p.tree.edges).map(|e| e.hop as usize).max();
         let steps = self.graph.buckets.len() + hops.unwrap_or(0);
@@ -28,7 +28,7 @@ impl Build<'_> {
             self.store_step(&parcels, step, &mut told)?;
         }
         self.out.after(Lane::Make, Lane::Store);
-        self.derived()?;
+        self.derive()?;
         Ok(self.out)
     }
 

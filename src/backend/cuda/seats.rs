@@ -21,10 +21,10 @@ impl Seats {
     /// ranks the last are idle.
     pub fn even(trainers: u32, ranks: u32, gpus: usize) -> Seats {
         let all = (trainers + ranks) as usize;
-        let count = gpus.min(all).max(1);
-        let seat = |i: usize| i * count / all.max(1);
+        let used = gpus.min(all).max(1);
+        let seat = |i: usize| i * used / all.max(1);
         Seats {
-            count,
+            count: gpus.max(1),
             trainers: (0..trainers as usize).map(seat).collect(),
             ranks: (trainers as usize..all).map(seat).collect(),
         }

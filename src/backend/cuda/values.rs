@@ -222,6 +222,16 @@ impl Table {
         });
     }
 
+    /// Adds jobs that look for NaN and infinity in neighbouring elements.
+    pub fn scan(&mut self, unit: u32, dtype: DType, address: u64, count: u64) {
+        let form = Form { unit, kind: jobs::SCAN, dtype: jobs::number(dtype), ..Form::default() };
+        let form = self.form(form);
+        for (i, cols) in steps(count, COPY_BYTES / dtype.size()) {
+            let src = address + i * dtype.size();
+            self.jobs.push(Job { src, dst: 0, aux: 0, form, rows: 1, cols: cols as u16 });
+        }
+    }
+
     /// Adds jobs that raise some words to those of another rank.
     pub fn maximum(&mut self, from: u64, to: u64, count: u64) {
         let form = self.form(Form { kind: jobs::MAXIMUM, ..Form::default() });
