@@ -74,13 +74,14 @@ fn runs(shape: &[u64], held: &Held) -> Vec<(u64, u64)> {
     let mut out = vec![0];
     for d in 0..cut {
         let own: Vec<u64> = held[d].iter().cloned().flatten().collect();
+        let stride = strides[d];
         out = out
             .iter()
-            .flat_map(|at: &u64| own.iter().map(move |i| at + i * strides[d]))
+            .flat_map(|at: &u64| own.iter().map(move |i| at + i * stride))
             .collect();
     }
+    let stride = strides[cut];
     let part = |at: u64| {
-        let stride = strides[cut];
         held[cut].iter().map(move |r| (at + r.start * stride, (r.end - r.start) * stride))
     };
     out.into_iter().flat_map(part).collect()
@@ -119,7 +120,7 @@ fn store_one(
     sink: &dyn Sink,
     stream: &Stream,
 ) -> Fallible<()> {
-    let mut write = |part: Part, offset: u64, bytes: &[u8]| -> Result<(), Diagnostic> {
+    let write = |part: Part, offset: u64, bytes: &[u8]| -> Result<(), Diagnostic> {
         let rows = Strided { offset, row_bytes: bytes.len() as u64, stride: 0, rows: 1 };
         sink.write(target, part, rows, bytes)
     };
