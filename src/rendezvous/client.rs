@@ -194,7 +194,8 @@ impl Client {
         let failed = news.failure.as_ref().filter(|(of, _)| *of == attempt);
         failed.map(|(_, diagnostic)| diagnostic.clone()).or_else(|| {
             let why = news.gone.as_ref()?;
-            Some(Diagnostic::error("E0604", format!("process 0 is gone: {why}")))
+            let text = format!("process 0 ({}) is gone: {why}", self.shared.authority);
+            Some(Diagnostic::error("E0604", text))
         })
     }
 
@@ -308,7 +309,7 @@ impl Shared {
             let since = *silent_since.get_or_insert_with(Instant::now);
             if at_once || since.elapsed() > GRACE {
                 let mut news = self.news();
-                news.gone = Some(format!("{}: {why}", self.authority));
+                news.gone = Some(why);
                 self.publish(&news);
             }
             tokio::time::sleep(PAUSE).await;
