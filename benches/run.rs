@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use kernelcast::backend::cpu::FiniteCheck;
 use kernelcast::compile::{CompileInputs, Compiled, compile};
 use kernelcast::diag::{Diagnostic, Format, render};
-use kernelcast::exec::{DEFAULT_STAGING, Recorded, RunOptions, run_to_files};
+use kernelcast::exec::{DEFAULT_STAGING, Engine, Recorded, RunOptions, run_to_files};
 use kernelcast::load::{FolderModules, OpenModel};
 use kernelcast::script::Limits;
 use kernelcast::topo::{InferMesh, TrainMesh};
@@ -29,6 +29,7 @@ fn main() {
     let compiled = compiled(&model, quant);
     let checkpoint = model.checkpoint.as_ref().expect("weights");
     let options = RunOptions {
+        engine: Engine::Cpu,
         finite: FiniteCheck::During,
         timeout: Duration::from_secs(60),
         staging: DEFAULT_STAGING,

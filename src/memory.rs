@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use crate::backend::cpu::{self, Options, Report, Rows, Shards, Sink, Strided, derive};
+use crate::backend::cpu::{
+    self, FiniteCheck, NonFinite, Options, Report, Rows, Shards, Sink, Strided, derive,
+};
+use crate::backend::cuda::run::{self as cuda, Ends, Launch};
 use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::exec::Schedule;
+use crate::exec::{Schedule, on_gpus};
 use crate::graph::{Bounds, Setup};
 use crate::ir::show_shape;
 use crate::lower::{Part, RankProgram, TargetKind};
@@ -144,6 +147,29 @@ pub fn update_agreed(
         }
     }
     Ok(report)
+}
+
+/// Runs one update on GPUs: sources are brought up, targets down. Derived parameters as well.
+///
+/// # Errors
+/// As [`update`]; E0605 and E0604 for GPUs and other processes.
+pub fn update_on_gpus(
+    compiled: &Compiled,
+    launch: &Launch,
+    trainers: &[Sources<'_>],
+    targets: &mut Targets<'_>,
+    finite: FiniteCheck,
+    options: &cuda::Options,
+) -> Result<Vec<NonFinite>> {
+    let shards = bind_sources(compiled, trainers)?;
+    let rows: Vec<&dyn Rows> = shards.iter().map(|s| s as &dyn Rows).collect();
+    match_targets(compiled, targets)?;
+    let sinks: Vec<RankSink<'_, '_>> =
+        all_ranks(compiled).map(|(id, rank)| RankSink { id, rank, targets }).collect();
+    let bound: Vec<Option<&dyn Sink>> = sinks.iter().map(|s| Some(s as &dyn Sink)).collect();
+    let ends = Ends { rows: &rows, sinks: &bound };
+    let replicas = compiled.mesh.replicas as u32;
+    Ok(on_gpus(compiled, launch, replicas, ends, finite, options)?.1)
 }
 
 /// The local tensors of each trainer rank, of the shapes that the placements give.

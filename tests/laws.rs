@@ -4,6 +4,8 @@
 mod cases;
 #[path = "laws/cpu.rs"]
 mod cpu;
+#[path = "laws/gpu.rs"]
+mod gpu;
 #[path = "laws/limits.rs"]
 mod limits;
 #[path = "laws/pieces.rs"]
@@ -21,6 +23,7 @@ use kernelcast::backend::reference::{Oracle, Stored};
 use kernelcast::compile::Compiled;
 use kernelcast::diag::Diagnostic;
 use kernelcast::dtype::DType;
+use kernelcast::exec::GpuPath;
 use kernelcast::ir::Place;
 use kernelcast::verify::{FileTensor, verify_rank};
 use proptest::collection::vec;
@@ -139,6 +142,14 @@ proptest! {
         let world = World::random(&case.sources, seed, Values::Any);
         let gpus = tables::Gpus { count, mapped };
         check_sharded(&case, &world, &|c, w| tables::evaluate(c, w, gpus));
+    }
+
+    #[test]
+    fn gpus_write_what_the_oracle_finds(case in case(), seed: u64, peer: bool) {
+        let Some(launch) = gpu::find() else { return Ok(()) };
+        let path = if peer { GpuPath::Peer } else { GpuPath::Nccl };
+        let world = World::random(&case.sources, seed, Values::Any);
+        check_sharded(&case, &world, &|c, w| gpu::evaluate(c, w, &launch, path));
     }
 
     #[test]

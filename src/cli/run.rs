@@ -7,10 +7,11 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::backend::cpu::FiniteCheck;
+use crate::backend::cuda::run::Launch;
 use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::error::Error;
-use crate::exec::{Recorded, RunOptions, RunSummary, run_to_files};
+use crate::exec::{Engine, GpuPath, Recorded, RunOptions, RunSummary, run_to_files};
 use crate::load::beside;
 
 use super::args::{Backend, Finite, Path, PlanArgs, RunArgs};
@@ -18,7 +19,6 @@ use super::inputs::{self, Loaded, Weights};
 use super::{Failure, human, print, report};
 
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
-    usable(args)?;
     let loaded = inputs::load(&args.inputs, Weights::Needed)?;
     let compiled = &loaded.compiled;
     report(&compiled.notes, compiled.files(), false);
@@ -31,6 +31,7 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     };
     report(checkpoint.notes(), compiled.files(), false);
     let options = RunOptions {
+        engine: engine(args)?,
         // A file run publishes nothing before its end, so one pass finds and refuses alike.
         finite: match args.finite_check {
             Finite::Before => FiniteCheck::Before,
@@ -57,18 +58,31 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn usable(args: &RunArgs) -> Result<(), Failure> {
-    if args.backend == Backend::Cuda {
-        let d = Diagnostic::error("E0605", "this version has no CUDA backend")
-            .hint("--backend cpu runs the same plan on threads");
-        return Err(Error::device(d).into());
+/// The backend that was asked for, or the GPUs where they can be used.
+fn engine(args: &RunArgs) -> Result<Engine, Failure> {
+    let path = match args.path {
+        Path::Auto => None,
+        Path::Peer => Some(GpuPath::Peer),
+        Path::Nccl => Some(GpuPath::Nccl),
+    };
+    let found = match args.backend {
+        Backend::Cpu => None,
+        Backend::Auto | Backend::Cuda => Some(Launch::find(args.timeout)),
+    };
+    match found {
+        Some(Ok(launch)) => return Ok(Engine::Cuda { launch, path }),
+        Some(Err(why)) if args.backend == Backend::Cuda || why.code != "E0605" => {
+            return Err(Error::device(why).into());
+        }
+        Some(Err(why)) => tracing::info!(why = why.message, "no GPU is used"),
+        None => {}
     }
-    if args.path != Path::Auto {
+    if path.is_some() {
         let d =
             Diagnostic::error("E0605", "--path chooses between GPUs, and this run has none");
         return Err(Error::device(d).into());
     }
-    Ok(())
+    Ok(Engine::Cpu)
 }
 
 fn output(args: &RunArgs, compiled: &Compiled) -> Result<PathBuf, Failure> {

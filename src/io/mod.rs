@@ -23,5 +23,5 @@ pub use manifest::{
     Alias, ExpertMapFile, ParamEntry, ReceiverManifest, ReceiverTopology, SourceManifest,
     SourceTensor,
 };
-pub use output::OutputDir;
+pub use output::{OutputDir, rank_file};
 pub use rank_file::RankFile;

@@ -55,24 +55,19 @@ impl OutputDir {
         &self.place.path
     }
 
-    /// Makes `rank-{rank}/{file_name}` with its header written and room for all tensors.
+    /// Where it is written until it is published.
+    pub fn staging(&self) -> &Path {
+        &self.staging
+    }
+
+    /// Makes a rank's file; see [`rank_file`].
     pub fn rank_file(
         &self,
         rank: u64,
         file_name: &str,
         tensors: &[(String, DType, Vec<u64>)],
     ) -> Result<RankFile> {
-        if !is_plain_name(file_name) || !file_name.ends_with(".safetensors") {
-            let text = format!("cannot name a rank's file {file_name:?}");
-            return Err(Diagnostic::error("E0601", text).into());
-        }
-        let folder = self.staging.join(format!("rank-{rank}"));
-        match fs::create_dir(&folder) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                Err(fault::os("make the folder", &folder, &e).into())
-            }
-            _ => Ok(RankFile::create(folder.join(file_name), tensors)?),
-        }
+        rank_file(&self.staging, rank, file_name, tensors)
     }
 
     /// Writes the manifest, syncs everything and renames it into place. An output that it
@@ -102,6 +97,30 @@ impl OutputDir {
         }
         self.published = true;
         Ok(sync(&self.place.parent)?)
+    }
+}
+
+/// Makes `rank-{rank}/{file_name}` below a staging folder, which another process may own, with
+/// its header written and room for all tensors.
+///
+/// # Errors
+/// E0601 with the reason of the operating system.
+pub fn rank_file(
+    staging: &Path,
+    rank: u64,
+    file_name: &str,
+    tensors: &[(String, DType, Vec<u64>)],
+) -> Result<RankFile> {
+    if !is_plain_name(file_name) || !file_name.ends_with(".safetensors") {
+        let text = format!("cannot name a rank's file {file_name:?}");
+        return Err(Diagnostic::error("E0601", text).into());
+    }
+    let folder = staging.join(format!("rank-{rank}"));
+    match fs::create_dir(&folder) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            Err(fault::os("make the folder", &folder, &e).into())
+        }
+        _ => Ok(RankFile::create(folder.join(file_name), tensors)?),
     }
 }
 

@@ -18,6 +18,23 @@ const STAGING: u64 = 64 << 10;
 
 /// All targets of all ranks, in the plan's order; none for aliases, which store nothing.
 pub fn evaluate(compiled: &Compiled, world: &World) -> Vec<Vec<Option<Stored>>> {
+    updated(compiled, world, |trainers, targets| {
+        let options = Options {
+            finite: FiniteCheck::Allow,
+            timeout: Duration::from_secs(20),
+            progress: &|_| {},
+        };
+        let report = update(compiled, trainers, targets, STAGING, &options).expect("it runs");
+        check_traffic(compiled, &report);
+    })
+}
+
+/// The same after any update from memory to memory.
+pub fn updated(
+    compiled: &Compiled,
+    world: &World,
+    update: impl FnOnce(&[Sources<'_>], &mut Targets<'_>),
+) -> Vec<Vec<Option<Stored>>> {
     let mut trainers = Vec::new();
     let local: Vec<Vec<Local>> =
         (0..compiled.program.trainers).map(|t| shards(compiled, world, t)).collect();
@@ -45,13 +62,8 @@ pub fn evaluate(compiled: &Compiled, world: &World) -> Vec<Vec<Option<Stored>>> 
             }
         }
     }
-    let options = Options {
-        finite: FiniteCheck::Allow,
-        timeout: Duration::from_secs(20),
-        progress: &|_| {},
-    };
-    let report = update(compiled, &trainers, &mut bound, STAGING, &options).expect("it runs");
-    check_traffic(compiled, &report);
+    update(&trainers, &mut bound);
+    drop(bound);
     let rest = memory.split_off(world_size);
     for replica in rest.chunks(world_size) {
         assert_eq!(replica, memory, "a replica differs");

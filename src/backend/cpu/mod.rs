@@ -14,7 +14,7 @@ mod trainer;
 
 pub use finite::{NonFinite, scan};
 pub use held::{Fenced, Shards};
-pub use run::{FiniteCheck, Options, Report, run};
+pub use run::{FiniteCheck, Options, Report, judge, refuse_sources, run};
 
 use crate::diag::Diagnostic;
 use crate::lower::Part;

@@ -223,23 +223,54 @@ fn finish(shared: Shared<'_>, rows: &dyn Rows, mut report: Report) -> Result<Rep
         Some(Failure::Refused(d)) => return Err(failed(d)),
         Some(Failure::Device(d)) => return Err(Error::device(d)),
         Some(Failure::NonFinite) => {
-            refuse(scan(rows, &all_sources(shared.program)).map_err(failed)?)?;
-            let name = suspects.first().map_or("", |u| shared.program.units[*u].name.as_str());
-            return Err(Diagnostic::error(
-                "E0602",
-                format!("{name} is not finite, though its sources are"),
-            )
-            .note("a cast or a sum left the range of its type")
-            .about(name)
-            .into());
+            found(shared.program, rows, &suspects, false)?;
         }
-        None => {}
-    }
-    if !suspects.is_empty() {
-        let sources = sources_of(shared.program, &suspects);
-        report.non_finite = scan(rows, &sources).map_err(failed)?;
+        None => report.non_finite = found(shared.program, rows, &suspects, true)?,
     }
     Ok(report)
+}
+
+/// What is not finite in the sources of some units: let through, or refused.
+fn found(
+    program: &Program,
+    rows: &dyn Rows,
+    suspects: &BTreeSet<usize>,
+    allow: bool,
+) -> Result<Vec<NonFinite>> {
+    let Some(first) = suspects.first() else { return Ok(Vec::new()) };
+    if allow {
+        return scan(rows, &sources_of(program, suspects)).map_err(failed);
+    }
+    refuse(scan(rows, &all_sources(program)).map_err(failed)?)?;
+    let name = program.units.get(*first).map_or("", |u| u.name.as_str());
+    let text = format!("{name} is not finite, though its sources are");
+    Err(Diagnostic::error("E0602", text)
+        .note("a cast or a sum left the range of its type")
+        .about(name)
+        .into())
+}
+
+/// The same for a run on GPUs, which saw it in these units; `rows` gives each trainer rank what
+/// it holds.
+///
+/// # Errors
+/// E0602 with every tensor that has non-finite values, unless they are let through.
+pub fn judge(
+    program: &Program,
+    rows: &[&dyn Rows],
+    suspects: &BTreeSet<usize>,
+    allow: bool,
+) -> Result<Vec<NonFinite>> {
+    found(program, &AnyHolder { program, rows }, suspects, allow)
+}
+
+/// Reads all sources and refuses them if a value is not finite.
+///
+/// # Errors
+/// E0602 with every such tensor; reads that fail.
+pub fn refuse_sources(program: &Program, rows: &[&dyn Rows]) -> Result<()> {
+    let whole = AnyHolder { program, rows };
+    refuse(scan(&whole, &all_sources(program)).map_err(failed)?)
 }
 
 fn all_sources(program: &Program) -> Vec<(u32, &ProgramSource)> {

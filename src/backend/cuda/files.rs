@@ -75,10 +75,8 @@ fn runs(shape: &[u64], held: &Held) -> Vec<(u64, u64)> {
     for d in 0..cut {
         let own: Vec<u64> = held[d].iter().cloned().flatten().collect();
         let stride = strides[d];
-        out = out
-            .iter()
-            .flat_map(|at: &u64| own.iter().map(move |i| at + i * stride))
-            .collect();
+        out =
+            out.iter().flat_map(|at: &u64| own.iter().map(move |i| at + i * stride)).collect();
     }
     let stride = strides[cut];
     let part = |at: u64| {

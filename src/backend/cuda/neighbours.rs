@@ -60,7 +60,8 @@ impl Neighbour {
         if other.is_here() {
             let own = Gpu::open(other.ordinal)?;
             if !gpu.can_reach(&own)? {
-                let text = format!("{} does not reach the memory of {}", gpu.name(), other.card);
+                let text =
+                    format!("{} does not reach the memory of {}", gpu.name(), other.card);
                 return Err(Diagnostic::error("E0605", text));
             }
             gpu.enable_peer(&own)?;

@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Bounds, Graph};
 use crate::lower::Program;
 use crate::rendezvous::{Hall, Member, World, agree, join};
+use crate::topo::RankId;
 
 /// Smallest bucket of the NCCL path, in bytes.
 const LEAST_BUCKET: u64 = 64 << 10;
@@ -36,7 +37,8 @@ pub struct Plan {
 }
 
 /// Builds the graphs of an update within some bounds.
-pub type Schedules<'a> = &'a (dyn Fn(Bounds) -> std::result::Result<Vec<Graph>, Vec<Diagnostic>> + Sync);
+pub type Schedules<'a> =
+    &'a (dyn Fn(Bounds) -> std::result::Result<Vec<Graph>, Vec<Diagnostic>> + Sync);
 
 /// How an update is run on GPUs.
 #[derive(Clone, Copy, Debug)]
@@ -72,12 +74,55 @@ pub struct Ends<'a> {
     pub sinks: &'a [Option<&'a dyn Sink>],
 }
 
-/// Which process this is, if a launcher says so.
-///
-/// # Errors
-/// E0610 for a launcher's environment that makes no sense.
-pub fn world() -> Fallible<Option<World>> {
-    World::from_env(&|name| std::env::var(name).ok())
+/// Which GPUs a run has.
+#[derive(Clone)]
+pub enum Launch {
+    /// Those of this process.
+    Here { gpus: usize },
+    /// One in each of several processes.
+    Process { gpu: Arc<Gpu>, member: Arc<Member> },
+}
+
+impl Launch {
+    /// Finds the GPUs, and meets the other processes if a launcher started several.
+    ///
+    /// # Errors
+    /// E0605 if no GPU can be used; E0610 for a launcher's environment that makes no sense;
+    /// E0604 for processes that do not come.
+    pub fn find(timeout: Duration) -> Fallible<Launch> {
+        driver::load()?;
+        let gpus = driver::device_count()?;
+        if gpus == 0 {
+            let text = "the driver shows this process no GPU";
+            return Err(Diagnostic::error("E0605", text).hint("look at CUDA_VISIBLE_DEVICES"));
+        }
+        match World::from_env(&|name| std::env::var(name).ok())? {
+            Some(world) if world.size > 1 => {
+                let gpu = Gpu::open(world.local_rank % gpus)?;
+                Ok(Launch::Process { gpu, member: Arc::new(join(&world, timeout)?) })
+            }
+            _ => Ok(Launch::Here { gpus }),
+        }
+    }
+
+    /// This process among several.
+    pub fn member(&self) -> Option<&Arc<Member>> {
+        match self {
+            Launch::Here { .. } => None,
+            Launch::Process { member, .. } => Some(member),
+        }
+    }
+
+    /// Inference ranks of this process, of so many of both sides.
+    pub fn ranks(&self, trainers: u32, ranks: u32) -> Vec<RankId> {
+        match self {
+            Launch::Here { .. } => (0..u64::from(ranks)).map(RankId).collect(),
+            Launch::Process { member, .. } => {
+                let seats = Seats::even(trainers, ranks, member.size());
+                seats.ranks_on(member.rank()).collect()
+            }
+        }
+    }
 }
 
 /// Runs one update. In a world of several processes each calls this with the same plan.
@@ -86,6 +131,7 @@ pub fn world() -> Fallible<Option<World>> {
 /// E0605 where a GPU, a library, memory or a path is missing; E0604 and E0611 for other
 /// processes; what readers and sinks give.
 pub fn run(
+    launch: &Launch,
     program: &Program,
     digest: &str,
     schedules: Schedules<'_>,
@@ -93,17 +139,11 @@ pub fn run(
     options: &Options,
 ) -> Result<Done> {
     let work = Work { program, digest, schedules, ends, options };
-    let run = || -> Result<Done> {
-        driver::load()?;
-        match world()? {
-            Some(world) if world.size > 1 => {
-                let gpu = Gpu::open(world.local_rank % driver::device_count()?.max(1))?;
-                work.seat(gpu, join(&world, options.timeout)?)
-            }
-            _ => work.here(),
-        }
+    let done = match launch {
+        Launch::Here { gpus } => work.here(*gpus),
+        Launch::Process { gpu, member } => work.seat(Arc::clone(gpu), Arc::clone(member)),
     };
-    run().map_err(|mut e| {
+    done.map_err(|mut e| {
         let device = ["E0502", "E0604", "E0605", "E0610", "E0611"];
         if e.diagnostics.iter().any(|d| device.contains(&&*d.code)) {
             e.kind = ErrorKind::Device;
@@ -122,15 +162,14 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// A thread for each GPU of this process.
-    fn here(&self) -> Result<Done> {
+    fn here(&self, all: usize) -> Result<Done> {
         let ranks = self.ends.rows.len() + self.ends.sinks.len();
-        let all = driver::device_count()?;
         let count = self.options.gpus.unwrap_or(all).min(all).min(ranks).max(1);
         let hall = Hall::new(count);
         let gpus: Fallible<Vec<Arc<Gpu>>> = (0..count).map(Gpu::open).collect();
         let results: Vec<Result<Done>> = std::thread::scope(|scope| {
             let threads = gpus?.into_iter().enumerate().map(|(seat, gpu)| {
-                let member = hall.member(seat);
+                let member = Arc::new(hall.member(seat));
                 scope.spawn(move || self.seat(gpu, member))
             });
             let threads: Vec<_> = threads.collect();
@@ -143,7 +182,7 @@ impl Work<'_> {
     }
 
     /// One GPU's part.
-    fn seat(&self, gpu: Arc<Gpu>, member: Member) -> Result<Done> {
+    fn seat(&self, gpu: Arc<Gpu>, member: Arc<Member>) -> Result<Done> {
         let (timeout, rank) = (self.options.timeout, member.rank());
         let card = format!("{} (driver {})", gpu.name(), version_text());
         let (program, size) = (self.program, member.size());
@@ -209,7 +248,11 @@ pub fn plan(
     let path = choose(gpu, member, options)?;
     if path == Path::Peer {
         let bounds = Bounds { staging: u64::MAX, in_flight: 2, bucket: PEER_BUCKET };
-        return Ok(Plan { path, graphs: schedules(bounds).map_err(Error::refused)?, staging: 0 });
+        return Ok(Plan {
+            path,
+            graphs: schedules(bounds).map_err(Error::refused)?,
+            staging: 0,
+        });
     }
     let mut bounds = Bounds::for_links(options.staging);
     loop {

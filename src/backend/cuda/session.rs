@@ -48,7 +48,7 @@ pub struct Blocks {
 /// What a session is opened with.
 pub struct Setting {
     pub gpu: Arc<Gpu>,
-    pub member: Member,
+    pub member: Arc<Member>,
     pub seats: Seats,
     pub path: Path,
     pub timeout: Duration,
@@ -364,7 +364,8 @@ impl Session {
         };
         let grid = all.min(most).min(tables.jobs.len() as u32);
         let address = stage.tables[table].address();
-        let args = [super::driver::Arg::U64(address), super::driver::Arg::U64(self.bad.address())];
+        let args =
+            [super::driver::Arg::U64(address), super::driver::Arg::U64(self.bad.address())];
         self.lane(lane).launch(&self.kernel, grid, 256, shared, &args)
     }
 
@@ -459,9 +460,10 @@ impl Session {
     fn watch(&self, deadline: Instant) -> Fallible<()> {
         let mut waited = 0u32;
         loop {
-            let done = self.lanes.iter().try_fold(true, |all, lane| {
-                Ok::<bool, Diagnostic>(all && lane.finished()?)
-            })?;
+            let done = self
+                .lanes
+                .iter()
+                .try_fold(true, |all, lane| Ok::<bool, Diagnostic>(all && lane.finished()?))?;
             if done {
                 return Ok(());
             }
@@ -490,7 +492,8 @@ impl Session {
 
     /// Who is waited for, and in which step.
     fn late(&self) -> Diagnostic {
-        let step = (0..self.stages.len()).map(|s| self.progress.read_u32(s)).collect::<Vec<_>>();
+        let step =
+            (0..self.stages.len()).map(|s| self.progress.read_u32(s)).collect::<Vec<_>>();
         let stage = step.iter().rposition(|s| *s > 0).unwrap_or(0);
         let now = step.get(stage).copied().unwrap_or(0).saturating_sub(1);
         let mut at = 0;
@@ -498,7 +501,8 @@ impl Session {
         for instruction in self.stages.get(stage).map_or(&[][..], |s| &s.program.instructions) {
             match instruction {
                 Instruction::Step { number } => at = *number,
-                Instruction::Await { from: seat, .. } | Instruction::Receive { from: seat, .. }
+                Instruction::Await { from: seat, .. }
+                | Instruction::Receive { from: seat, .. }
                     if at >= now =>
                 {
                     from.push(*seat);

@@ -224,7 +224,8 @@ impl Table {
 
     /// Adds jobs that look for NaN and infinity in neighbouring elements.
     pub fn scan(&mut self, unit: u32, dtype: DType, address: u64, count: u64) {
-        let form = Form { unit, kind: jobs::SCAN, dtype: jobs::number(dtype), ..Form::default() };
+        let form =
+            Form { unit, kind: jobs::SCAN, dtype: jobs::number(dtype), ..Form::default() };
         let form = self.form(form);
         for (i, cols) in steps(count, COPY_BYTES / dtype.size()) {
             let src = address + i * dtype.size();
