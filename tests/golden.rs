@@ -262,6 +262,26 @@ fn tables_of_minimax_m2() {
 }
 
 #[test]
+fn tables_of_gpt_oss() {
+    all("tests/data/manifests/gpt_oss", "plans/gpt_oss.rhai", table_problems);
+}
+
+#[test]
+fn tables_of_qwen3_next() {
+    all("tests/data/manifests/qwen3_next", "plans/qwen3_next.rhai", table_problems);
+}
+
+#[test]
+fn tables_of_qwen3_5_moe() {
+    all("tests/data/manifests/qwen3_5_moe", "plans/qwen3_5_moe.rhai", table_problems);
+}
+
+#[test]
+fn tables_of_deepseek_v4() {
+    all("tests/data/manifests/deepseek_v4", "plans/deepseek_v4.rhai", table_problems);
+}
+
+#[test]
 fn loads_of_qwen3() {
     all("tests/data/loads/qwen3-tied", "plans/qwen3.rhai", load_problems);
     all("tests/data/loads/qwen3-untied", "plans/qwen3.rhai", load_problems);
@@ -313,6 +333,21 @@ fn loads_of_glm4_moe() {
 #[test]
 fn loads_of_minimax_m2() {
     all_beside("minimax_m2", "plans/minimax_m2.rhai");
+}
+
+#[test]
+fn loads_of_gpt_oss() {
+    all_beside("gpt_oss", "plans/gpt_oss.rhai");
+}
+
+#[test]
+fn loads_of_qwen3_next() {
+    all_beside("qwen3_next", "plans/qwen3_next.rhai");
+}
+
+#[test]
+fn loads_of_qwen3_5_moe() {
+    all_beside("qwen3_5_moe", "plans/qwen3_5_moe.rhai");
 }
 
 #[test]
