@@ -22,7 +22,8 @@ pub(super) fn quantize(
                 hint,
             );
         }
-        if kind == RecipeKind::Ue8m0 {
+        let bytes = ScaleFormat::E8m0;
+        if kind == RecipeKind::Ue8m0 && !(q.scales == bytes && scales == bytes) {
             return hinted(
                 "E0207",
                 "already quantized; its scales need not be powers of two",
