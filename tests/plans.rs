@@ -3,7 +3,7 @@
 
 use std::process::{Command, Output};
 
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
@@ -321,7 +321,9 @@ fn packed_codes_and_their_exponents_are_bytes() {
     let text = r#"let root = at("");
         root.copy("packed", [4, 16], u8);
         root.copy("exponents", [4, 16], u8);
-        root["m.weight"] = root.src("m.weight", [128, 128]).quantize(fp8::ue8m0.scales(e8m0));"#;
+        let m = root.src("m.weight", [128, 128]);
+        root["m.weight"] = m.quantize(fp8::ue8m0.scales(e8m0));
+        root["wide"] = m.quantize(fp8::vllm);"#;
     std::fs::write(&plan, text).unwrap();
     let (plan, model) = (plan.to_str().unwrap(), dir.path().to_str().unwrap());
     let out_dir = dir.path().join("out");
@@ -332,5 +334,10 @@ fn packed_codes_and_their_exponents_are_bytes() {
     let out = engine(&["dry-run", plan, "--model", model, "--format", "json"]);
     let scale = found(&out, "m.weight_scale_inv");
     assert_eq!(scale, Ok(("float8_e8m0fnu".into(), json!([1, 1]))));
+    assert_eq!(found(&out, "wide_scale_inv"), Ok(("float32".into(), json!([1, 1]))));
+    let file = std::fs::read(out_dir.join("rank-0/model-rank-0-part-0.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&file).unwrap();
+    assert_eq!(file.tensor("m.weight_scale_inv").unwrap().data(), [127]);
+    assert_eq!(file.tensor("wide_scale_inv").unwrap().data(), 1f32.to_le_bytes());
     assert_eq!(found(&out, "exponents"), Ok(("uint8".into(), json!([4, 16]))));
 }

@@ -30,7 +30,8 @@ pub(super) fn quantize(
                 hint,
             );
         }
-        return Ok(Type { quant: Some(Quant { scale_name, ..q }), ..t.clone() });
+        // A power of two is a number: bytes widen to the f32 scales that the recipe writes.
+        return Ok(Type { quant: Some(Quant { scale_name, scales, ..q }), ..t.clone() });
     }
     float_only(t, "quantize")?;
     if t.shape.len() < 2 {
