@@ -91,6 +91,13 @@ impl DType {
         DType::ALL.into_iter().find(|d| d.safetensors_name() == name)
     }
 
+    /// True if what a file stores under a safetensors tag can be read as `self`, byte for byte.
+    /// Packed codes and their exponents, which are `u8` here, go by the names that writers give.
+    pub fn reads(self, tag: &str) -> bool {
+        self.safetensors_name() == tag
+            || (self == DType::U8 && ["I8", "F8_E8M0"].contains(&tag))
+    }
+
     /// True for the types that a recipe can quantize and arithmetic can read.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::Bf16 | DType::F16)

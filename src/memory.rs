@@ -193,7 +193,11 @@ fn bind_sources<'a>(
             let local: Option<Vec<u64>> = held.as_ref().map(|h| h.iter().map(size).collect());
             let bytes: &[u8] = match (&local, sources.tensors.get(&s.name)) {
                 (None, _) => &[],
-                (Some(shape), Some(t)) if t.dtype == s.dtype && t.shape == *shape => t.bytes,
+                (Some(shape), Some(t))
+                    if s.dtype.reads(t.dtype.safetensors_name()) && t.shape == *shape =>
+                {
+                    t.bytes
+                }
                 (Some(shape), _) => {
                     let shape = show_shape(shape);
                     let text = format!(

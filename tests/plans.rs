@@ -3,7 +3,7 @@
 
 use std::process::{Command, Output};
 
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
@@ -269,4 +269,75 @@ fn a_source_is_read_in_the_type_that_the_plan_declares() {
     let twice = format!("{text} at(\"\")[\"u\"] = at(\"\").src(\"v\", [8], f16);");
     let why = found(&with_fp8_source(&twice, "tp=1"), "v").unwrap_err();
     assert!(why.contains("named twice"), "{why}");
+}
+
+#[test]
+fn mixtral_has_its_ends_on_every_stage() {
+    let config = json!({
+        "model_type": "mixtral", "vocab_size": 640, "hidden_size": 256,
+        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_local_experts": 4, "tie_word_embeddings": false
+    });
+    let out = dry_run("mixtral", &config, &["--infer", "pp=2"]);
+    assert_eq!(found(&out, "model.norm.weight").unwrap().1, json!([256]));
+    assert_eq!(found(&out, "lm_head.weight").unwrap().1, json!([640, 256]));
+}
+
+#[test]
+fn gpt_oss_shares_are_whole_blocks() {
+    let config = json!({
+        "model_type": "gpt_oss", "vocab_size": 640, "hidden_size": 256,
+        "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "num_local_experts": 4,
+        "attention_bias": true, "quantization_config": { "quant_method": "mxfp4" }
+    });
+    let routed = "model.layers.0.mlp.experts.routed_experts";
+    // 160 over two is 96 and 64, each at the front of 128.
+    let out = dry_run("gpt_oss", &config, &["--infer", "tp=2"]);
+    let weight = found(&out, &format!("{routed}.w2_weight"));
+    assert_eq!(weight, Ok(("uint8".into(), json!([4, 256, 64]))));
+    let why = found(&dry_run("gpt_oss", &config, &["--infer", "tp=4"]), "").unwrap_err();
+    assert!(why.contains("refuses 2 kv heads"), "{why}");
+    let axes = "tp=2,ep=2,redundant_experts=2";
+    let why = found(&dry_run("gpt_oss", &config, &["--infer", axes]), "").unwrap_err();
+    assert!(why.contains("refuses eplb"), "{why}");
+}
+
+#[test]
+fn packed_codes_and_their_exponents_are_bytes() {
+    let dir = tempdir().unwrap();
+    let (codes, scales, bytes) = ([0u8; 128 * 128], [127u8], [0u8; 64]);
+    let view = |dtype, shape: &[usize], data| TensorView::new(dtype, shape.to_vec(), data);
+    let tensors = [
+        ("m.weight", view(Dtype::F8_E4M3, &[128, 128], &codes[..]).unwrap()),
+        // The name that DeepSeek gives scales.
+        ("m.scale", view(Dtype::F8_E8M0, &[1, 1], &scales).unwrap()),
+        ("packed", view(Dtype::I8, &[4, 16], &bytes).unwrap()),
+        ("exponents", view(Dtype::F8_E8M0, &[4, 16], &bytes).unwrap()),
+    ];
+    serialize_to_file(tensors, None, &dir.path().join("model.safetensors")).unwrap();
+    std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+    let plan = dir.path().join("plan.rhai");
+    let text = r#"let root = at("");
+        root.copy("packed", [4, 16], u8);
+        root.copy("exponents", [4, 16], u8);
+        let m = root.src("m.weight", [128, 128]);
+        root["m.weight"] = m.quantize(fp8::ue8m0.scales(e8m0));
+        root["wide"] = m.quantize(fp8::vllm);"#;
+    std::fs::write(&plan, text).unwrap();
+    let (plan, model) = (plan.to_str().unwrap(), dir.path().to_str().unwrap());
+    let out_dir = dir.path().join("out");
+    let out = engine(&["run", plan, "--model", model, "--out", out_dir.to_str().unwrap()]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let out = engine(&["verify", out_dir.to_str().unwrap()]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let out = engine(&["dry-run", plan, "--model", model, "--format", "json"]);
+    let scale = found(&out, "m.weight_scale_inv");
+    assert_eq!(scale, Ok(("float8_e8m0fnu".into(), json!([1, 1]))));
+    assert_eq!(found(&out, "wide_scale_inv"), Ok(("float32".into(), json!([1, 1]))));
+    let file = std::fs::read(out_dir.join("rank-0/model-rank-0-part-0.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&file).unwrap();
+    assert_eq!(file.tensor("m.weight_scale_inv").unwrap().data(), [127]);
+    assert_eq!(file.tensor("wide_scale_inv").unwrap().data(), 1f32.to_le_bytes());
+    assert_eq!(found(&out, "exponents"), Ok(("uint8".into(), json!([4, 16]))));
 }

@@ -22,7 +22,7 @@ impl<'a> FileRows<'a> {
     pub(super) fn bind(program: &Program, checkpoint: &'a Checkpoint) -> Result<Self> {
         let found = program.sources.iter().map(|s| {
             let tensor = checkpoint.get(&s.name).ok_or_else(|| missing(&s.name))?;
-            let same = tensor.dtype == Some(s.dtype) && tensor.shape[..] == s.shape[..];
+            let same = s.dtype.reads(&tensor.dtype_name) && tensor.shape[..] == s.shape[..];
             if same { Ok(tensor) } else { Err(missing(&s.name)) }
         });
         let tensors: std::result::Result<Vec<_>, Diagnostic> = found.collect();

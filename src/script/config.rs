@@ -149,7 +149,11 @@ fn fact(state: &Shared, ctx: &NativeCallContext, key: &str) -> Fallible<Dynamic>
                 Err(format!("target sequence_parallel_moe={other} is neither true nor false"))
             }
         },
-        _ => Err(format!("the target has no fact `{key}`; facts are {}", FACTS.join(", "))),
+        // Follows from the axes alone, so `--target` cannot say otherwise.
+        "eplb" => Ok(s.mesh.eplb.into()),
+        _ => {
+            Err(format!("the target has no fact `{key}`; facts are {}, eplb", FACTS.join(", ")))
+        }
     };
     drop(s);
     value.or_else(|why| raise(Diagnostic::error("E0110", why).at(at), ctx))

@@ -25,10 +25,16 @@ const BUILTIN: &[(&str, &str)] = &[
     ("lib/attention.rhai", include_str!("../../plans/lib/attention.rhai")),
     ("lib/common.rhai", include_str!("../../plans/lib/common.rhai")),
     ("lib/deepseek.rhai", include_str!("../../plans/lib/deepseek.rhai")),
+    ("lib/deepseek_v4.rhai", include_str!("../../plans/lib/deepseek_v4.rhai")),
+    ("lib/megatron.rhai", include_str!("../../plans/lib/megatron.rhai")),
     ("lib/mla.rhai", include_str!("../../plans/lib/mla.rhai")),
     ("lib/mlp.rhai", include_str!("../../plans/lib/mlp.rhai")),
     ("lib/moe.rhai", include_str!("../../plans/lib/moe.rhai")),
+    ("lib/mxfp4.rhai", include_str!("../../plans/lib/mxfp4.rhai")),
+    ("lib/prime_rl.rhai", include_str!("../../plans/lib/prime_rl.rhai")),
     ("lib/quant.rhai", include_str!("../../plans/lib/quant.rhai")),
+    ("lib/qwen_hybrid.rhai", include_str!("../../plans/lib/qwen_hybrid.rhai")),
+    ("lib/trainer.rhai", include_str!("../../plans/lib/trainer.rhai")),
 ];
 
 impl ModuleFiles for BuiltinModules {

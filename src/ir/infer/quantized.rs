@@ -22,14 +22,16 @@ pub(super) fn quantize(
                 hint,
             );
         }
-        if kind == RecipeKind::Ue8m0 {
+        let bytes = ScaleFormat::E8m0;
+        if kind == RecipeKind::Ue8m0 && !(q.scales == bytes && scales == bytes) {
             return hinted(
                 "E0207",
                 "already quantized; its scales need not be powers of two",
                 hint,
             );
         }
-        return Ok(Type { quant: Some(Quant { scale_name, ..q }), ..t.clone() });
+        // A power of two is a number: bytes widen to the f32 scales that the recipe writes.
+        return Ok(Type { quant: Some(Quant { scale_name, scales, ..q }), ..t.clone() });
     }
     float_only(t, "quantize")?;
     if t.shape.len() < 2 {

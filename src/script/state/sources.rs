@@ -107,6 +107,9 @@ impl State {
             )
             .hint("is the plan's formula right for this model's config.json?"));
         }
+        if declared == DType::U8 && declared.reads(&found.dtype_name) {
+            return Ok(SourceFormat::Plain(declared));
+        }
         let Some(dtype) = found.dtype else {
             return Err(Diagnostic::error(
                 "E0418",
@@ -139,10 +142,13 @@ impl State {
 
     fn quantized_format(&self, name: &str, shape: &Dims) -> Result<SourceFormat, Diagnostic> {
         let block = self.source_block()?;
-        let found = ["_scale_inv", "_scale"].iter().find_map(|suffix| {
-            let scale = format!("{name}{suffix}");
-            self.catalog.get(&scale).map(|entry| (scale, entry))
-        });
+        let beside = [format!("{name}_scale_inv"), format!("{name}_scale")];
+        // DeepSeek's own checkpoints have `wo_a.scale` beside `wo_a.weight`.
+        let instead = name.strip_suffix(".weight").map(|module| format!("{module}.scale"));
+        let found = beside
+            .into_iter()
+            .chain(instead)
+            .find_map(|scale| self.catalog.get(&scale).map(|entry| (scale, entry)));
         let Some((scale, entry)) = found else {
             return Err(Diagnostic::error(
                 "E0412",
