@@ -37,6 +37,15 @@ impl Error {
         Error { kind: ErrorKind::Device, diagnostics: vec![diagnostic] }
     }
 
+    /// The same error as a failure of devices or peers, if its codes are theirs.
+    pub fn of_device(mut self) -> Self {
+        let device = ["E0502", "E0604", "E0605", "E0610", "E0611"];
+        if self.diagnostics.iter().any(|d| device.contains(&&*d.code)) {
+            self.kind = ErrorKind::Device;
+        }
+        self
+    }
+
     /// The exit status of a process that ends with this error.
     pub fn exit_code(&self) -> u8 {
         match self.kind {

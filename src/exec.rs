@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend::cpu::{self, Fenced, FiniteCheck, NonFinite, Rows, Sink};
+use crate::backend::cuda::bench;
 use crate::backend::cuda::run::{self as cuda, Ends, Launch};
+use crate::backend::cuda::session::Blocks;
 use crate::compile::Compiled;
 use crate::diag::Diagnostic;
 use crate::error::{Error, Result};
@@ -255,6 +257,36 @@ pub(crate) fn on_gpus(
     let suspects = done.suspects.iter().map(|u| *u as usize).collect();
     let found = cpu::judge(program, ends.rows, &suspects, finite == FiniteCheck::Allow)?;
     Ok((done, found))
+}
+
+/// Measures updates of a compiled plan on the GPUs of this process.
+///
+/// # Errors
+/// E0605 and E0604 for GPUs; E0308 and E0502 of the schedule.
+pub fn measure(
+    compiled: &Compiled,
+    options: cuda::Options,
+    updates: usize,
+    blocks: Option<Blocks>,
+    unfused: bool,
+) -> Result<bench::Report> {
+    let (program, experts) = (&compiled.program, &compiled.experts);
+    let (cluster, replicas) = (Cluster::default(), compiled.mesh.replicas as u32);
+    let schedules = |bounds: Bounds| {
+        let setup = Setup::for_threads(replicas, &cluster, bounds);
+        let schedule = Schedule::of_program(program, experts, &setup);
+        Ok(schedule.map_err(|e| e.diagnostics)?.parts())
+    };
+    bench::transfer(&bench::Transfer {
+        program,
+        schedules: &schedules,
+        trainers: program.trainers,
+        ranks: program.ranks.len() as u32 * replicas,
+        options,
+        updates,
+        blocks,
+        unfused,
+    })
 }
 
 fn let_through(found: &NonFinite) -> Diagnostic {

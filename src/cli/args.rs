@@ -24,6 +24,11 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Predict an update's time and traffic on a cluster: no GPU, no weights
     Simulate(SimulateArgs),
+    /// Measure updates on the GPUs at hand, with random weights, against plain copies
+    Bench {
+        #[command(subcommand)]
+        what: BenchCommand,
+    },
     /// Say what a diagnostic code means
     Explain {
         /// A code such as E0304
@@ -39,6 +44,7 @@ impl Command {
             Command::Check(a) => a.format == ReportFormat::Json,
             Command::Verify(a) => a.format == ReportFormat::Json,
             Command::Simulate(a) => a.format == ReportFormat::Json,
+            Command::Bench { what } => what.format() == ReportFormat::Json,
             Command::Run(_) | Command::Explain { .. } => false,
         }
     }
@@ -199,6 +205,87 @@ pub struct SimulateArgs {
     /// Draw when each rank has which buckets under way
     #[arg(long, value_name = "FILE.html")]
     pub timeline: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Updates from trainer GPUs to inference GPUs at a model's real shapes
+    Transfer(BenchTransferArgs),
+    /// Quantization on one GPU against a copy that reads and writes as much
+    Quantize(BenchQuantizeArgs),
+}
+
+impl BenchCommand {
+    fn format(&self) -> ReportFormat {
+        match self {
+            BenchCommand::Transfer(a) => a.format,
+            BenchCommand::Quantize(a) => a.format,
+        }
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct BenchTransferArgs {
+    /// The plan file
+    #[arg(long, value_name = "PLAN")]
+    pub plan: PathBuf,
+    /// Model folder or config.json: only shapes are read
+    #[arg(long, value_name = "DIR|config.json")]
+    pub model: Option<PathBuf>,
+    /// Inference topology, as in a run
+    #[arg(long, value_name = "AXES")]
+    pub infer: Option<String>,
+    /// Trainer mesh, as in a run
+    #[arg(long, value_name = "AXES")]
+    pub train: Option<String>,
+    /// Value of an option that the plan declares; give --set once for each
+    #[arg(long, value_name = "K=V")]
+    pub set: Vec<String>,
+    /// How bytes travel between GPUs
+    #[arg(long, value_enum, default_value_t = Path::Auto)]
+    pub path: Path,
+    /// Measured updates, after two to warm up
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub updates: usize,
+    /// GPUs to use at most
+    #[arg(long, value_name = "N")]
+    pub gpus: Option<usize>,
+    /// Cap on each GPU's staging memory: bytes, or with KiB, MiB, GiB
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    pub staging: u64,
+    /// Time limit of every wait for another rank
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub timeout: std::time::Duration,
+    /// Leave out the update tensor by tensor, the slowest of the baselines
+    #[arg(long)]
+    pub skip_unfused: bool,
+    /// Blocks of the kernels that make and that store, as MAKE,STORE: to try other sizes
+    #[arg(long, value_name = "N,N", value_delimiter = ',', num_args = 1, hide = true)]
+    pub blocks: Vec<u32>,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct BenchQuantizeArgs {
+    /// Rows of the matrix, a multiple of 128
+    #[arg(long, default_value_t = 65536, value_parser = tiled)]
+    pub rows: u64,
+    /// Columns of the matrix, a multiple of 128
+    #[arg(long, default_value_t = 16384, value_parser = tiled)]
+    pub cols: u64,
+    /// vllm, deepgemm, prime_rl or ue8m0
+    #[arg(long, default_value = "vllm")]
+    pub recipe: String,
+    #[arg(long, value_enum, default_value_t = ReportFormat::Table)]
+    pub format: ReportFormat,
+}
+
+fn tiled(text: &str) -> Result<u64, String> {
+    match text.parse::<u64>() {
+        Ok(n) if n > 0 && n % 128 == 0 => Ok(n),
+        _ => Err("not a multiple of 128".to_owned()),
+    }
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -1,5 +1,7 @@
 //! Numbers as a person reads them.
 
+use comfy_table::{CellAlignment, Table, TableStyle as Borders};
+
 /// Bytes with three digits and a binary unit: `1.62 GiB`.
 pub(super) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -49,6 +51,20 @@ pub(super) fn count(n: u64) -> String {
 /// `1 rank`, `8 ranks`.
 pub(super) fn counted(n: u64, word: &str) -> String {
     format!("{} {word}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
+/// Columns without borders, all but the first aligned to the right.
+pub(super) fn grid(titles: &[&str], lines: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(Borders::new()).force_no_tty().set_header(titles).add_rows(lines);
+    let last = titles.len() - 1;
+    for (at, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, if at == last { 0 } else { 3 }));
+        if at > 0 {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    format!("\n{}\n", table.trim_fmt())
 }
 
 #[cfg(test)]

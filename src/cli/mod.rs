@@ -1,6 +1,7 @@
 //! The command line: text to arguments, arguments to library calls, results to the terminal.
 
 mod args;
+mod bench;
 mod check;
 mod dry_run;
 mod explain;
@@ -60,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Check(a) => check::run(a),
         Command::Verify(a) => verify::run(a),
         Command::Simulate(a) => simulate::run(a),
+        Command::Bench { what } => bench::run(what),
         Command::Explain { code } => explain::run(code),
     };
     match result {

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 mod arena;
+pub mod bench;
 mod build;
 pub mod cache;
 mod comm;

@@ -15,7 +15,7 @@ use super::seats::Seats;
 use super::session::{Path, Session, Setting};
 use crate::backend::cpu::{Rows, Sink};
 use crate::diag::Diagnostic;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::graph::{Bounds, Graph};
 use crate::lower::Program;
 use crate::rendezvous::{Hall, Member, World, agree, join};
@@ -143,13 +143,7 @@ pub fn run(
         Launch::Here { gpus } => work.here(*gpus),
         Launch::Process { gpu, member } => work.seat(Arc::clone(gpu), Arc::clone(member)),
     };
-    done.map_err(|mut e| {
-        let device = ["E0502", "E0604", "E0605", "E0610", "E0611"];
-        if e.diagnostics.iter().any(|d| device.contains(&&*d.code)) {
-            e.kind = ErrorKind::Device;
-        }
-        e
-    })
+    done.map_err(Error::of_device)
 }
 
 struct Work<'a> {

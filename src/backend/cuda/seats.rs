@@ -38,6 +38,15 @@ impl Seats {
         self.ranks[rank.0 as usize]
     }
 
+    pub fn rank_count(&self) -> usize {
+        self.ranks.len()
+    }
+
+    /// How many times a flow crosses from one GPU to another.
+    pub fn hops(&self, graph: &Graph, flow: &Flow) -> u64 {
+        Tree::of(graph, flow, self).edges.len() as u64
+    }
+
     /// Trainer ranks of a GPU.
     pub fn trainers_on(&self, seat: Seat) -> impl Iterator<Item = u32> + '_ {
         (0..).zip(&self.trainers).filter(move |(_, s)| **s == seat).map(|(i, _)| i)

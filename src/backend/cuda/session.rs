@@ -45,6 +45,23 @@ pub struct Blocks {
     pub store: u32,
 }
 
+/// Bytes of memory that a session takes beside the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    pub staging: u64,
+    pub tables: u64,
+    pub scratch: u64,
+}
+
+/// What an update was.
+#[derive(Clone, Debug)]
+pub struct Updated {
+    /// Units in which something was not finite.
+    pub suspects: Vec<u32>,
+    /// Host time of the launches.
+    pub launch: Duration,
+}
+
 /// What a session is opened with.
 pub struct Setting {
     pub gpu: Arc<Gpu>,
@@ -62,7 +79,7 @@ struct Stage {
     program: SeatProgram,
     tables: Vec<Memory>,
     events: Vec<Event>,
-    _scratch: Memory,
+    scratch: Memory,
 }
 
 /// A GPU at work. Fields are dropped in order: graphs before the communicator, that before memory.
@@ -126,9 +143,7 @@ impl Session {
     /// E0605 for a GPU, a library or memory that is missing; E0604 for a GPU that does not come.
     pub fn open(setting: Setting, program: &Program, graphs: &[&Graph]) -> Fallible<Session> {
         let (gpu, seats) = (&setting.gpu, &setting.seats);
-        let cubin = kernels(SOURCE, "update.cu", gpu.capability(), &[])?;
-        let kernel = gpu.module(&cubin)?.function("update")?;
-        kernel.set_shared(SHARED_BYTES)?;
+        let kernel = update_kernel(gpu)?;
         let arenas: Vec<Arena> =
             (0..seats.count).map(|seat| Arena::of(program, graphs, seats, seat)).collect();
         let me = setting.member.rank();
@@ -267,7 +282,7 @@ impl Session {
         let events: Fallible<Vec<Event>> =
             (0..program.events + 2 * Lane::ALL.len()).map(|_| gpu.event(false)).collect();
         let events = events?;
-        Ok(Stage { captured: None, program, tables, events, _scratch: scratch })
+        Ok(Stage { captured: None, program, tables, events, scratch })
     }
 
     fn capture(&mut self, stage: usize) -> Fallible<()> {
@@ -422,12 +437,20 @@ impl Session {
     /// E0604 naming the GPU and the step that did not come in time, or another GPU's failure;
     /// E0605 for an error of the device. Receivers are then part old, part new.
     pub fn update(&self) -> Fallible<Vec<u32>> {
+        Ok(self.update_timed()?.suspects)
+    }
+
+    /// The same, with times.
+    ///
+    /// # Errors
+    /// As [`Session::update`].
+    pub fn update_timed(&self) -> Fallible<Updated> {
         let Setting { member, timeout, .. } = &self.setting;
         let done = self.run();
         if let Err(problem) = &done {
             member.fail(problem);
         }
-        done?;
+        let launch = done?;
         let mut words = vec![0u8; self.bad.bytes() as usize];
         self.control.download(self.bad.address(), &mut words)?;
         let words: &[u32] = bytemuck::cast_slice(&words);
@@ -440,20 +463,80 @@ impl Session {
         };
         all.sort_unstable();
         all.dedup();
-        Ok(all)
+        Ok(Updated { suspects: all, launch })
     }
 
-    fn run(&self) -> Fallible<()> {
+    /// Gives the time that the launches took.
+    fn run(&self) -> Fallible<Duration> {
         self.reset()?;
         if self.setting.seats.count > 1 {
             self.setting.member.barrier("ready", self.setting.timeout)?;
         }
+        let started = Instant::now();
         for stage in &self.stages {
             if let Some(captured) = &stage.captured {
                 captured.launch(self.lane(Lane::Make))?;
             }
         }
-        self.watch(Instant::now() + self.setting.timeout)
+        let launch = started.elapsed();
+        self.watch(Instant::now() + self.setting.timeout)?;
+        Ok(launch)
+    }
+
+    /// One update by graphs that are not captured, on the NCCL path: what fusing saves.
+    ///
+    /// # Errors
+    /// As [`Session::update`].
+    pub(super) fn unfused(
+        &mut self,
+        program: &Program,
+        graphs: &[Graph],
+    ) -> Fallible<Duration> {
+        let before = self.stages.len();
+        if self.comm.is_none() {
+            self.comm = Some(join(&self.setting)?);
+        }
+        self.setting.path = Path::Nccl;
+        self.take_staging(program, &graphs.iter().collect::<Vec<_>>())?;
+        for (stage, graph) in graphs.iter().enumerate() {
+            let built = self.build(program, graph, stage, graphs.len())?;
+            let stage = self.stage(built)?;
+            self.stages.push(stage);
+        }
+        let mut took = Duration::ZERO;
+        // The first round makes NCCL's connections.
+        for _ in 0..2 {
+            self.setting.member.barrier("tensor by tensor", self.setting.timeout)?;
+            let started = Instant::now();
+            (before..self.stages.len()).try_for_each(|stage| self.issue(stage))?;
+            self.watch(started + self.setting.timeout)?;
+            took = started.elapsed();
+        }
+        Ok(took)
+    }
+
+    /// The shards of a trainer rank here, by source.
+    pub(super) fn sources(&self, trainer: u32) -> &[Option<Tensor>] {
+        self.sources.get(&trainer).map_or(&[], Vec::as_slice)
+    }
+
+    /// Bytes beside the weights.
+    pub fn memory(&self) -> Beside {
+        let sum = |memory: &[Memory]| memory.iter().map(Memory::bytes).sum::<u64>();
+        Beside {
+            staging: sum(&self.staging),
+            tables: self.stages.iter().map(|s| sum(&s.tables)).sum(),
+            scratch: self.stages.iter().map(|s| s.scratch.bytes()).sum(),
+        }
+    }
+
+    /// Address and bytes of what is lent to other GPUs.
+    pub(super) fn arena(&self) -> (u64, u64) {
+        (self.own.address(), self.own.bytes())
+    }
+
+    pub(super) fn arena_memory(&self) -> &Memory {
+        &self.own
     }
 
     /// Waits for all lanes, at most until a time or until another GPU fails.
@@ -582,7 +665,18 @@ impl Session {
     }
 }
 
-fn join(setting: &Setting) -> Fallible<Arc<Comm>> {
+/// The kernel, compiled for a GPU.
+///
+/// # Errors
+/// E0605 if NVRTC is missing or refuses.
+pub(super) fn update_kernel(gpu: &Arc<Gpu>) -> Fallible<Function> {
+    let cubin = kernels(SOURCE, "update.cu", gpu.capability(), &[])?;
+    let kernel = gpu.module(&cubin)?.function("update")?;
+    kernel.set_shared(SHARED_BYTES)?;
+    Ok(kernel)
+}
+
+pub(super) fn join(setting: &Setting) -> Fallible<Arc<Comm>> {
     let nccl = nccl::load()?;
     let Setting { gpu, member, timeout, .. } = setting;
     let id = if member.rank() == 0 { nccl.unique_id()?.to_vec() } else { Vec::new() };

@@ -2,11 +2,9 @@
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, Table, TableStyle as Borders};
-
 use crate::simulate::{LinkClass, RankBytes, Report, Side};
 
-use crate::cli::human::{bytes, seconds};
+use crate::cli::human::{bytes, grid, seconds};
 use crate::cli::shape_table::ranges;
 
 /// A side with more distinct lines than this becomes one line, from the least to the most.
@@ -93,20 +91,6 @@ fn span(values: impl Iterator<Item = u64> + Clone) -> String {
 
 fn dash(n: u64) -> String {
     if n == 0 { "–".to_owned() } else { bytes(n) }
-}
-
-/// Columns without borders, all but the first aligned to the right.
-fn grid(titles: &[&str], lines: impl Iterator<Item = Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(Borders::new()).force_no_tty().set_header(titles).add_rows(lines);
-    let last = titles.len() - 1;
-    for (at, column) in table.column_iter_mut().enumerate() {
-        column.set_padding((0, if at == last { 0 } else { 3 }));
-        if at > 0 {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    format!("\n{}\n", table.trim_fmt())
 }
 
 #[cfg(test)]
