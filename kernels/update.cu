@@ -1,5 +1,6 @@
-// One kernel for every step of an update: it works through a table of jobs, each a box of at most
-// 128 x 128 elements. The structs mirror src/backend/cuda/jobs.rs, the numerics src/fp8.
+// The kernels of an update. Each works through a table of jobs, boxes of at most 128 x 128 elements:
+// `update` those that copy and quantize what lies evenly, `evaluate` those of any expression. The
+// structs mirror src/backend/cuda/jobs.rs, the numerics src/fp8.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -13,16 +14,12 @@ enum Recipe : u8 { VLLM, DEEPGEMM, PRIME_RL, UE8M0 };
 enum Mode : u8 { VALUES, TILE, AMAX };
 enum What : u32 { RAW_LOAD, RAW_FILL, LOAD, FILL, LOAD_MULTIPLY, ROUND, MULTIPLY, PUSH, ADD };
 
-struct Job {
+struct alignas(16) Job {
   u64 src, dst, aux;
-  u32 form;
+  u32 src_row, dst_row, unit;
   u16 rows, cols;
-};
-
-struct Form {
-  i64 src_row, dst_row;
-  u32 unit;
   u8 kind, dtype, recipe, scales;
+  u32 pad;
 };
 
 struct Evaluation {
@@ -54,7 +51,7 @@ struct Op {
 };
 
 struct Header {
-  u64 jobs, forms, evaluations, segments, operands, ops;
+  u64 jobs, evaluations, segments, operands, ops;
   u32 count, pad;
 };
 
@@ -67,6 +64,15 @@ __device__ __forceinline__ float bits_f32(u32 bits) { return __uint_as_float(bit
 __device__ __forceinline__ u32 f32_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ bool is_nan(float x) { return (f32_bits(x) & NAN_BITS) > INFINITY_BITS; }
 __device__ __forceinline__ bool finite(float x) { return (f32_bits(x) & NAN_BITS) < INFINITY_BITS; }
+
+// Quotients of small numbers: the product errs by less than half a step below 2^21.
+struct Divider {
+  u32 by;
+  float inverse;
+  __device__ __forceinline__ explicit Divider(u32 by) : by(by), inverse(1.0f / by) {}
+  __device__ __forceinline__ u32 of(u32 x) const { return __float2uint_rd((x + 0.5f) * inverse); }
+  __device__ __forceinline__ u32 rest(u32 x, u32 quotient) const { return x - quotient * by; }
+};
 
 // ---- codecs: src/fp8/codec.rs ----
 
@@ -207,37 +213,65 @@ __device__ __forceinline__ void store_scale(u64 address, u32 format, float scale
   else *(float*)address = scale;
 }
 
-// The largest of all threads' values, to all of them.
-__device__ __forceinline__ u32 block_max(u32 value) {
-  __shared__ u32 parts[THREADS / 32];
+// The largest of all threads' values, to all of them. Two sets of words take turns, so that one
+// barrier is enough: a thread that comes round to a set again has passed the barrier of the other.
+__device__ __forceinline__ u32 block_max(u32 value, u32& turn) {
+  __shared__ alignas(16) u32 parts[2][THREADS / 32];
   value = __reduce_max_sync(0xffffffffu, value);
+  u32* own = parts[turn & 1];
+  turn++;
+  if (threadIdx.x % 32 == 0) own[threadIdx.x / 32] = value;
   __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  u32 all = 0;
-#pragma unroll
-  for (int i = 0; i < THREADS / 32; i++) all = max(all, parts[i]);
-  return all;
+  const uint4 low = ((const uint4*)own)[0], high = ((const uint4*)own)[1];
+  return max(max(max(low.x, low.y), max(low.z, low.w)), max(max(high.x, high.y), max(high.z, high.w)));
 }
 
 __device__ __forceinline__ void mark(u32* bad, u32 unit) { *(volatile u32*)(bad + unit) = 1; }
 
-__device__ __forceinline__ uint4 load_once(u64 address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
+// ---- staging: the 16-byte chunks of the next job come into shared memory behind this one ----
+
+const int CHUNKS = 8;
+const u32 STAGED = CHUNKS * THREADS;
+
+__device__ __forceinline__ void fetch(uint4* to, u64 from) {
+  u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
 }
 
+// A job's rows as chunks; each thread fetches the chunks that it will read itself.
+__device__ __forceinline__ void stage(const Job& job, u32 chunks, uint4* buffer) {
+  const Divider row(chunks);
+  const u32 all = chunks * job.rows;
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    u32 at = threadIdx.x + i * THREADS;
+    if (at < all) {
+      u32 r = row.of(at);
+      fetch(buffer + at, job.src + (u64)r * job.src_row + row.rest(at, r) * 16);
+    }
+  }
+}
+
+// Chunks in a row of a job that is staged; 0 for one that is not.
+__device__ __forceinline__ u32 chunks_of(const Job& job) {
+  if (job.kind == QUANTIZE) return job.cols / 8;
+  if (job.kind != COPY && job.kind != SCAN) return 0;
+  u32 bytes = job.cols * size_of(job.dtype);
+  u64 bits = job.src | job.dst | bytes;
+  if (job.rows > 1) bits |= (u64)job.src_row | (u64)job.dst_row;
+  return bits % 16 == 0 && bytes / 16 * job.rows <= STAGED ? bytes / 16 : 0;
+}
+
+// The larger of each half.
 __device__ __forceinline__ u32 max_pair(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
   u32 m;
   asm("max.u16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
   return m;
-}
-
-#if __CUDA_ARCH__ < 900
-#define max_pair(a, b) __vmaxu2(a, b)
+#else
+  return __vmaxu2(a, b);
 #endif
+}
 
 __device__ __forceinline__ u32 absolute_max(u32 sofar, const uint4& v) {
   sofar = max_pair(sofar, v.x & 0x7fff7fffu);
@@ -261,62 +295,60 @@ __device__ __forceinline__ uint2 exchanged(uint2 v) {
   return make_uint2(__shfl_xor_sync(0xffffffffu, v.x, 1), __shfl_xor_sync(0xffffffffu, v.y, 1));
 }
 
-// A whole bf16 tile, 16-byte aligned: it stays in registers between maximum and codes.
+// A whole bf16 tile: it stays in registers between maximum and codes.
 template <bool DIVIDE>
-__device__ void quantize_full(const Job& job, const Form& form, u32* bad) {
-  const u32 lane = threadIdx.x % 16, first = threadIdx.x / 16;
-  u64 src = job.src + first * form.src_row + lane * 16;
-  uint4 v[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = load_once(src + i * 16 * form.src_row);
+__device__ __forceinline__ void quantize_full(const Job& job, const uint4* staged, u32* bad, u32& turn) {
+  uint4 v[CHUNKS];
   u32 high = 0;
 #pragma unroll
-  for (int i = 0; i < 8; i++) high = absolute_max(high, v[i]);
-  u32 amax = block_max(max(high & 0xffff, high >> 16)) << 16;
-  float scale = scale_of(form.recipe, amax);
-  float step = step_of(form.recipe, scale);
+  for (int i = 0; i < CHUNKS; i++) {
+    v[i] = staged[threadIdx.x + i * THREADS];
+    high = absolute_max(high, v[i]);
+  }
+  u32 amax = block_max(max(high & 0xffff, high >> 16), turn) << 16;
+  float scale = scale_of(job.recipe, amax);
+  float step = step_of(job.recipe, scale);
   if (threadIdx.x == 0) {
-    store_scale(job.aux, form.scales, scale);
-    if (amax >= INFINITY_BITS) mark(bad, form.unit);
+    store_scale(job.aux, job.scales, scale);
+    if (amax >= INFINITY_BITS) mark(bad, job.unit);
   }
   // Neighbours swap halves, so that each stores 16 bytes of one row.
   const bool odd = threadIdx.x & 1;
-  u64 dst = job.dst + (first + (odd ? 16 : 0)) * form.dst_row + (lane & ~1u) * 8;
+  const u32 lane = threadIdx.x % 16, first = threadIdx.x / 16 + (odd ? 16 : 0);
+  u64 dst = job.dst + (u64)first * job.dst_row + (lane & ~1u) * 8;
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) {
+  for (int i = 0; i < CHUNKS; i += 2) {
     uint2 a = codes_of(v[i], DIVIDE, step), b = codes_of(v[i + 1], DIVIDE, step);
     uint2 other = exchanged(odd ? a : b);
     uint4 out = odd ? make_uint4(other.x, other.y, b.x, b.y) : make_uint4(a.x, a.y, other.x, other.y);
-    *(uint4*)(dst + i * 16 * form.dst_row) = out;
+    *(uint4*)(dst + (u64)i * 16 * job.dst_row) = out;
   }
 }
 
-// Any tile whose rows are multiples of 8 elements: 16-byte loads and 8-byte stores.
-__device__ __noinline__ void quantize_ragged(const Job& job, const Form& form, u32* bad) {
+// Any tile whose rows are multiples of 8 elements: 8-byte stores.
+__device__ __forceinline__ void quantize_ragged(const Job& job, const uint4* staged, u32* bad, u32& turn) {
   const u32 chunks = job.cols / 8, all = chunks * job.rows;
+  const Divider row(chunks);
   u32 high = 0;
-  uint4 v[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < CHUNKS; i++) {
     u32 at = threadIdx.x + i * THREADS;
-    if (at < all) {
-      v[i] = load_once(job.src + at / chunks * form.src_row + at % chunks * 16);
-      high = absolute_max(high, v[i]);
-    }
+    if (at < all) high = absolute_max(high, staged[at]);
   }
-  u32 amax = block_max(max(high & 0xffff, high >> 16)) << 16;
-  float scale = scale_of(form.recipe, amax);
-  float step = step_of(form.recipe, scale);
+  u32 amax = block_max(max(high & 0xffff, high >> 16), turn) << 16;
+  float scale = scale_of(job.recipe, amax);
+  float step = step_of(job.recipe, scale);
   if (threadIdx.x == 0) {
-    store_scale(job.aux, form.scales, scale);
-    if (amax >= INFINITY_BITS) mark(bad, form.unit);
+    store_scale(job.aux, job.scales, scale);
+    if (amax >= INFINITY_BITS) mark(bad, job.unit);
   }
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < CHUNKS; i++) {
     u32 at = threadIdx.x + i * THREADS;
     if (at < all) {
-      *(uint2*)(job.dst + at / chunks * form.dst_row + at % chunks * 8) =
-          codes_of(v[i], form.recipe == PRIME_RL, step);
+      u32 r = row.of(at);
+      *(uint2*)(job.dst + (u64)r * job.dst_row + row.rest(at, r) * 8) =
+          codes_of(staged[at], job.recipe == PRIME_RL, step);
     }
   }
 }
@@ -341,51 +373,44 @@ __device__ __forceinline__ bool bad_word(u32 dtype, T word) {
   return found;
 }
 
-template <bool STORE>
-__device__ __forceinline__ void copy_wide(const Job& job, const Form& form, u32 row_bytes, u32* bad) {
-  const u32 chunks = row_bytes / 16, all = chunks * job.rows;
+// Rows of staged chunks; only looked at if `store` is false.
+__device__ __forceinline__ void copy_staged(const Job& job, u32 chunks, const uint4* staged, bool store, u32* bad) {
+  const Divider row(chunks);
+  const u32 all = chunks * job.rows;
   bool found = false;
-  for (u32 start = threadIdx.x; start < all; start += 8 * THREADS) {
-    uint4 v[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      u32 at = start + i * THREADS;
-      if (at < all) v[i] = load_once(job.src + at / chunks * form.src_row + at % chunks * 16);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      u32 at = start + i * THREADS;
-      if (at < all) {
-        found |= bad_word(form.dtype, v[i]);
-        if (STORE) *(uint4*)(job.dst + at / chunks * form.dst_row + at % chunks * 16) = v[i];
-      }
+  for (int i = 0; i < CHUNKS; i++) {
+    u32 at = threadIdx.x + i * THREADS;
+    if (at < all) {
+      uint4 v = staged[at];
+      found |= bad_word(job.dtype, v);
+      u32 r = row.of(at);
+      if (store) *(uint4*)(job.dst + (u64)r * job.dst_row + row.rest(at, r) * 16) = v;
     }
   }
-  if (found) mark(bad, form.unit);
+  if (found) mark(bad, job.unit);
 }
 
-template <bool STORE, typename T>
-__device__ __forceinline__ void copy_elements(const Job& job, const Form& form, u32* bad) {
-  const u32 cols = job.cols, all = cols * job.rows;
+template <typename T>
+__device__ __forceinline__ void copy_elements(const Job& job, bool store, u32* bad) {
+  const Divider row(job.cols);
+  const u32 all = job.cols * job.rows;
   bool found = false;
   for (u32 at = threadIdx.x; at < all; at += THREADS) {
-    T v = *(const T*)(job.src + at / cols * form.src_row + at % cols * sizeof(T));
-    found |= bad_bits(form.dtype, v);
-    if (STORE) *(T*)(job.dst + at / cols * form.dst_row + at % cols * sizeof(T)) = v;
+    u32 r = row.of(at), c = row.rest(at, r);
+    T v = *(const T*)(job.src + (u64)r * job.src_row + c * sizeof(T));
+    found |= bad_bits(job.dtype, v);
+    if (store) *(T*)(job.dst + (u64)r * job.dst_row + c * sizeof(T)) = v;
   }
-  if (found) mark(bad, form.unit);
+  if (found) mark(bad, job.unit);
 }
 
-// Only looks at the elements if `STORE` is false.
-template <bool STORE>
-__device__ __noinline__ void copy(const Job& job, const Form& form, u32* bad) {
-  u32 size = size_of(form.dtype), row_bytes = job.cols * size;
-  u64 bits = job.src | job.dst | row_bytes;
-  if (job.rows > 1) bits |= (u64)form.src_row | (u64)form.dst_row;
-  if (bits % 16 == 0) return copy_wide<STORE>(job, form, row_bytes, bad);
-  if (size == 4) return copy_elements<STORE, u32>(job, form, bad);
-  if (size == 2) return copy_elements<STORE, u16>(job, form, bad);
-  copy_elements<STORE, u8>(job, form, bad);
+__device__ __forceinline__ void copy(const Job& job, u32 chunks, const uint4* staged, bool store, u32* bad) {
+  if (chunks) return copy_staged(job, chunks, staged, store, bad);
+  u32 size = size_of(job.dtype);
+  if (size == 4) return copy_elements<u32>(job, store, bad);
+  if (size == 2) return copy_elements<u16>(job, store, bad);
+  copy_elements<u8>(job, store, bad);
 }
 
 // Raises words to those of another rank.
@@ -410,11 +435,42 @@ __device__ __forceinline__ u32 load_bits(const Operand& o, u32 r, u32 c) {
   return size == 4 ? *(const u32*)address : size == 2 ? *(const u16*)address : *(const u8*)address;
 }
 
+// Elements that are only loaded, the most of all: no operations to look up.
+__device__ __forceinline__ bool loaded(const Segment& s, const Operand& o, float* values, u32 pitch) {
+  const u32 all = s.rows * s.cols;
+  const Divider major(s.flags & BY_COLUMN ? s.rows : s.cols);
+  bool bad = false;
+  for (u32 start = threadIdx.x; start < all; start += 2 * BATCH * THREADS) {
+    u32 bits[2 * BATCH];
+#pragma unroll
+    for (int i = 0; i < 2 * BATCH; i++) {
+      u32 at = min(start + i * THREADS, all - 1), q = major.of(at), rest = major.rest(at, q);
+      bits[i] = load_bits(o, s.flags & BY_COLUMN ? rest : q, s.flags & BY_COLUMN ? q : rest);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * BATCH; i++) {
+      u32 at = start + i * THREADS;
+      if (at < all) {
+        u32 q = major.of(at), rest = major.rest(at, q);
+        u32 row = s.flags & BY_COLUMN ? rest : q, col = s.flags & BY_COLUMN ? q : rest;
+        if (s.flags & (WATCHED | RAW)) bad |= bad_bits(o.dtype, bits[i]);
+        float x = s.flags & RAW ? bits_f32(bits[i]) : decode(o.dtype, bits[i]);
+        values[(s.row + row) * pitch + s.col + col] = x;
+      }
+    }
+  }
+  return bad;
+}
+
 // Evaluates a segment into the box's shared memory; true if something was not finite.
 __device__ bool segment(const Header& t, const Segment& s, float* values, u32 pitch) {
   const Op* ops = (const Op*)t.ops + s.ops;
   const Operand* operands = (const Operand*)t.operands + s.operands;
+  if (s.op_count == 1 && (ops->what == LOAD || ops->what == RAW_LOAD)) {
+    return loaded(s, operands[ops->arg], values, pitch);
+  }
   const u32 all = s.rows * s.cols;
+  const Divider major(s.flags & BY_COLUMN ? s.rows : s.cols);
   bool bad = false;
   for (u32 start = threadIdx.x; start < all; start += BATCH * THREADS) {
     float x[BATCH], kept[3][BATCH];
@@ -423,8 +479,9 @@ __device__ bool segment(const Header& t, const Segment& s, float* values, u32 pi
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       u32 at = min(start + i * THREADS, all - 1);
-      row[i] = s.flags & BY_COLUMN ? at % s.rows : at / s.cols;
-      col[i] = s.flags & BY_COLUMN ? at / s.rows : at % s.cols;
+      u32 quotient = major.of(at), rest = major.rest(at, quotient);
+      row[i] = s.flags & BY_COLUMN ? rest : quotient;
+      col[i] = s.flags & BY_COLUMN ? quotient : rest;
     }
     for (u32 k = 0; k < s.op_count; k++) {
       Op op = ops[k];
@@ -474,12 +531,14 @@ __device__ bool segment(const Header& t, const Segment& s, float* values, u32 pi
   return bad;
 }
 
-__device__ u32 box_max(const float* values, u32 pitch, u32 rows, u32 cols) {
+__device__ u32 box_max(const float* values, u32 pitch, u32 rows, u32 cols, u32& turn) {
+  const Divider row(cols);
   u32 high = 0;
   for (u32 at = threadIdx.x; at < rows * cols; at += THREADS) {
-    high = max(high, f32_bits(values[at / cols * pitch + at % cols]) & NAN_BITS);
+    u32 r = row.of(at);
+    high = max(high, f32_bits(values[r * pitch + row.rest(at, r)]) & NAN_BITS);
   }
-  return block_max(high);
+  return block_max(high, turn);
 }
 
 __device__ __forceinline__ u32 code_of(u32 recipe, float x, float step) {
@@ -497,8 +556,9 @@ __device__ void store_part(const Evaluation& b, u32 size, Bits bits) {
   bool aligned = b.dst_col == size && cols % wide == 0 && b.dst % 16 == 0 && b.dst_row % 16 == 0;
   if (aligned) {
     const u32 chunks = cols / wide;
+    const Divider by(chunks);
     for (u32 at = threadIdx.x; at < rows * chunks; at += THREADS) {
-      u32 row = at / chunks, col = at % chunks * wide;
+      u32 row = by.of(at), col = by.rest(at, row) * wide;
       u32 words[4];
 #pragma unroll
       for (int w = 0; w < 4; w++) {
@@ -512,8 +572,10 @@ __device__ void store_part(const Evaluation& b, u32 size, Bits bits) {
   }
   // A target that runs along rows is written along rows.
   bool down = b.dst_row == size && b.dst_col != size;
+  const Divider by(down ? rows : cols);
   for (u32 at = threadIdx.x; at < rows * cols; at += THREADS) {
-    u32 row = down ? at % rows : at / cols, col = down ? at / rows : at % cols;
+    u32 quotient = by.of(at), rest = by.rest(at, quotient);
+    u32 row = down ? rest : quotient, col = down ? quotient : rest;
     u64 to = b.dst + row * b.dst_row + col * b.dst_col;
     u32 v = bits(row, col);
     if (size == 4) *(u32*)to = v;
@@ -522,9 +584,9 @@ __device__ void store_part(const Evaluation& b, u32 size, Bits bits) {
   }
 }
 
-__device__ void tile(const Evaluation& b, float* values, u32 pitch, u32* bad) {
+__device__ void tile(const Evaluation& b, float* values, u32 pitch, u32* bad, u32& turn) {
   bool agreed = b.amax != 0;
-  u32 amax = agreed ? *(const volatile u32*)b.amax : box_max(values, pitch, b.rows, b.cols);
+  u32 amax = agreed ? *(const volatile u32*)b.amax : box_max(values, pitch, b.rows, b.cols, turn);
   bool infinite = amax >= INFINITY_BITS;
   for (u32 k = 0; k + 1 < b.step_count; k++) {
     u32 recipe = b.recipe[k], dtype = b.between[k];
@@ -535,7 +597,7 @@ __device__ void tile(const Evaluation& b, float* values, u32 pitch, u32* bad) {
     }
     __syncthreads();
     amax = agreed ? f32_bits(through(recipe, bits_f32(amax), scale, step, dtype)) & NAN_BITS
-                  : box_max(values, pitch, b.rows, b.cols);
+                  : box_max(values, pitch, b.rows, b.cols, turn);
     infinite |= amax >= INFINITY_BITS;
   }
   u32 recipe = b.recipe[b.step_count - 1];
@@ -551,7 +613,7 @@ __device__ void tile(const Evaluation& b, float* values, u32 pitch, u32* bad) {
   });
 }
 
-__device__ __noinline__ void evaluate(const Header& t, const Evaluation& b, float* values, u32* bad) {
+__device__ __forceinline__ void evaluation(const Header& t, const Evaluation& b, float* values, u32* bad, u32& turn) {
   const u32 pitch = b.cols | 1;
   bool found = false, raw = false;
   for (u32 i = 0; i < b.segment_count; i++) {
@@ -568,9 +630,9 @@ __device__ __noinline__ void evaluate(const Header& t, const Evaluation& b, floa
         return raw ? f32_bits(x) : encode(b.dtype, x);
       });
       break;
-    case TILE: tile(b, values, pitch, bad); break;
+    case TILE: tile(b, values, pitch, bad, turn); break;
     case AMAX: {
-      u32 amax = box_max(values, pitch, b.rows, b.cols);
+      u32 amax = box_max(values, pitch, b.rows, b.cols, turn);
       if (threadIdx.x == 0) {
         atomicMax((u32*)b.amax, amax);
         if (amax >= INFINITY_BITS) mark(bad, b.unit);
@@ -582,22 +644,56 @@ __device__ __noinline__ void evaluate(const Header& t, const Evaluation& b, floa
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) update(const Header* table, u32* bad) {
+__device__ __forceinline__ Job job_at(const Job* jobs, u32 i) {
+  Job job;
+#pragma unroll
+  for (int k = 0; k < (int)(sizeof(Job) / 16); k++) ((uint4*)&job)[k] = __ldg((const uint4*)(jobs + i) + k);
+  return job;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3) update(const Header* table, u32* bad) {
+  extern __shared__ uint4 staged[];
+  const u32 count = table->count;
+  const Job* jobs = (const Job*)table->jobs;
+  u32 turn = 0, buffer = 0;
+  if (blockIdx.x >= count) return;
+  Job job = job_at(jobs, blockIdx.x), next;
+  u32 chunks = chunks_of(job), chunks_next = 0;
+  stage(job, chunks, staged);
+  asm volatile("cp.async.commit_group;");
+  if (blockIdx.x + gridDim.x < count) next = job_at(jobs, blockIdx.x + gridDim.x);
+  for (u32 i = blockIdx.x; i < count; i += gridDim.x) {
+    if (i + gridDim.x < count) {
+      chunks_next = chunks_of(next);
+      stage(next, chunks_next, staged + (buffer ^ 1) * STAGED);
+    }
+    asm volatile("cp.async.commit_group;");
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    const uint4* own = staged + buffer * STAGED;
+    switch (job.kind) {
+      case QUANTIZE:
+        if (job.rows != 128 || job.cols != 128) quantize_ragged(job, own, bad, turn);
+        else if (job.recipe == PRIME_RL) quantize_full<true>(job, own, bad, turn);
+        else quantize_full<false>(job, own, bad, turn);
+        break;
+      case COPY:
+      case SCAN: copy(job, chunks, own, job.kind == COPY, bad); break;
+      case MAXIMUM: maximum(job); break;
+      default: break;
+    }
+    job = next;
+    chunks = chunks_next;
+    buffer ^= 1;
+    if (i + 2 * gridDim.x < count) next = job_at(jobs, i + 2 * gridDim.x);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3) evaluate(const Header* table, u32* bad) {
   extern __shared__ float values[];
   const Header t = *table;
+  u32 turn = 0;
   for (u32 i = blockIdx.x; i < t.count; i += gridDim.x) {
-    const Job job = ((const Job*)t.jobs)[i];
-    const Form form = ((const Form*)t.forms)[job.form];
-    switch (form.kind) {
-      case COPY: copy<true>(job, form, bad); break;
-      case SCAN: copy<false>(job, form, bad); break;
-      case QUANTIZE:
-        if (job.rows != 128 || job.cols != 128) quantize_ragged(job, form, bad);
-        else if (form.recipe == PRIME_RL) quantize_full<true>(job, form, bad);
-        else quantize_full<false>(job, form, bad);
-        break;
-      case MAXIMUM: maximum(job); break;
-      case EVALUATE: evaluate(t, ((const Evaluation*)t.evaluations)[job.src], values, bad); break;
-    }
+    u64 index = ((const Job*)t.jobs)[i].src;
+    evaluation(t, ((const Evaluation*)t.evaluations)[index], values, bad, turn);
   }
 }

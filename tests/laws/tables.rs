@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytemuck::{Pod, bytes_of_mut};
-use kernelcast::backend::cuda::jobs::{self, Evaluation, Form, Job, Operand, Segment};
+use kernelcast::backend::cuda::jobs::{self, Evaluation, Job, Operand, Segment};
 use kernelcast::backend::cuda::{
     Build, Flag, Instruction, Room, SeatProgram, Seats, Staging, Table, Tensor, local_shape,
     staging_bytes, words_of,
@@ -244,42 +244,42 @@ fn tile(
     }
 }
 
-fn copy(host: &mut Host, job: &Job, form: &Form) {
-    let bytes = u64::from(job.cols) * size(form.dtype);
+fn copy(host: &mut Host, job: &Job) {
+    let bytes = u64::from(job.cols) * size(job.dtype);
     for r in 0..i64::from(job.rows) {
-        let from = job.src.wrapping_add_signed(r * form.src_row);
+        let from = job.src.wrapping_add_signed(r * i64::from(job.src_row));
         let row = host.bytes(from, bytes).to_vec();
-        host.bytes(job.dst.wrapping_add_signed(r * form.dst_row), bytes).copy_from_slice(&row);
+        host.bytes(job.dst.wrapping_add_signed(r * i64::from(job.dst_row)), bytes)
+            .copy_from_slice(&row);
     }
 }
 
-fn quantize(host: &mut Host, job: &Job, form: &Form) {
-    let at = |base: u64, row: i64, r: u64, c: u64| base.wrapping_add_signed(r as i64 * row) + c;
+fn quantize(host: &mut Host, job: &Job) {
+    let at = |base: u64, row: u32, r: u64, c: u64| base + r * u64::from(row) + c;
     assert!(job.src.is_multiple_of(16) && job.cols.is_multiple_of(8));
     let (rows, cols) = (u64::from(job.rows), u64::from(job.cols));
-    let (recipe, mut amax) = (recipe(form.recipe), 0);
+    let (recipe, mut amax) = (recipe(job.recipe), 0);
     for r in 0..rows {
         for c in 0..cols {
-            let x = host.get::<u16>(at(job.src, form.src_row, r, 2 * c));
+            let x = host.get::<u16>(at(job.src, job.src_row, r, 2 * c));
             amax = amax.max(u32::from(x & 0x7fff) << 16);
         }
     }
     let scale = recipe.scale_of(amax);
-    put_scale(host, form.scales, job.aux, scale);
+    put_scale(host, job.scales, job.aux, scale);
     for r in 0..rows {
         for c in 0..cols {
-            let x = bf16_to_f32(host.get::<u16>(at(job.src, form.src_row, r, 2 * c)));
-            host.bytes(at(job.dst, form.dst_row, r, c), 1)[0] = code(&recipe, x, scale);
+            let x = bf16_to_f32(host.get::<u16>(at(job.src, job.src_row, r, 2 * c)));
+            host.bytes(at(job.dst, job.dst_row, r, c), 1)[0] = code(&recipe, x, scale);
         }
     }
 }
 
 fn launch(host: &mut Host, t: &Table) {
-    for job in &t.jobs {
-        let form = &t.forms[job.form as usize];
-        match form.kind {
-            jobs::COPY => copy(host, job, form),
-            jobs::QUANTIZE => quantize(host, job, form),
+    for job in t.jobs.iter().chain(&t.evaluation_jobs) {
+        match job.kind {
+            jobs::COPY => copy(host, job),
+            jobs::QUANTIZE => quantize(host, job),
             jobs::MAXIMUM => {
                 for i in 0..u64::from(job.cols) {
                     let other = host.get::<u32>(job.src + 4 * i);

@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::Fallible;
 use super::driver::{self, Arg, Gpu, Memory, Stream};
-use super::jobs::{self, Form, Job};
+use super::jobs::{self, Job};
+use super::kernels::Kernels;
 use super::nccl;
 use super::neighbours::{Neighbour, Published};
 use super::place::{Tensor, local_shape};
 use super::run::{Options, Schedules, plan};
 use super::seats::{Seat, Seats};
-use super::session::{Blocks, Path, Session, Setting, join, update_kernel};
+use super::session::{Blocks, Path, Session, Setting, join};
 use super::table::Table;
 use crate::diag::Diagnostic;
 use crate::error::{Error, Result};
@@ -243,14 +244,14 @@ impl Transfer<'_> {
         if table.is_empty() {
             return Ok(None);
         }
-        let kernel = update_kernel(gpu)?;
+        let kernels = Kernels::load(gpu)?;
         let stream = gpu.stream()?;
         let memory = gpu.alloc(table.bytes())?;
         stream.upload(memory.address(), &table.image(memory.address()))?;
-        let grid = kernel.blocks_per_multiprocessor(256, 0)? * gpu.multiprocessors();
         let bad = gpu.alloc(4)?;
         let args = [Arg::U64(memory.address()), Arg::U64(bad.address())];
-        let seconds = timed(gpu, &stream, || stream.launch(&kernel, grid, 256, 0, &args))?;
+        let jobs = table.jobs.len();
+        let seconds = timed(gpu, &stream, || kernels.update(&stream, args, jobs, u32::MAX))?;
         Ok(Some(seconds))
     }
 }
@@ -445,7 +446,7 @@ pub fn quantize(recipe: RecipeKind, rows: u64, cols: u64) -> Result<Quantized> {
     let measure = || -> Fallible<Quantized> {
         driver::load()?;
         let gpu = Gpu::open(0)?;
-        let (kernel, stream) = (update_kernel(&gpu)?, gpu.stream()?);
+        let (kernels, stream) = (Kernels::load(&gpu)?, gpu.stream()?);
         let (read, codes) = (2 * rows * cols, rows * cols);
         let scales = 4 * (rows / 128) * (cols / 128);
         let (from, to) = (gpu.alloc(read)?, gpu.alloc(codes + scales)?);
@@ -460,9 +461,9 @@ pub fn quantize(recipe: RecipeKind, rows: u64, cols: u64) -> Result<Quantized> {
         let memory = gpu.alloc(table.bytes())?;
         stream.upload(memory.address(), &table.image(memory.address()))?;
         let bad = gpu.alloc(4)?;
-        let grid = kernel.blocks_per_multiprocessor(256, 0)? * gpu.multiprocessors();
         let args = [Arg::U64(memory.address()), Arg::U64(bad.address())];
-        let seconds = timed(&gpu, &stream, || stream.launch(&kernel, grid, 256, 0, &args))?;
+        let jobs = table.jobs.len();
+        let seconds = timed(&gpu, &stream, || kernels.update(&stream, args, jobs, u32::MAX))?;
         let half = read / 2;
         let copy =
             timed(&gpu, &stream, || stream.copy(from.address() + half, from.address(), half))?;
@@ -484,24 +485,21 @@ pub fn quantize(recipe: RecipeKind, rows: u64, cols: u64) -> Result<Quantized> {
 fn tiles(kind: RecipeKind, rows: u64, cols: u64, from: u64, to: u64) -> Table {
     let recipe = Recipe::new(kind);
     let mut table = Table::default();
-    let form = table.form(Form {
-        src_row: 2 * cols as i64,
-        dst_row: cols as i64,
-        unit: 0,
-        kind: jobs::QUANTIZE,
-        dtype: jobs::number(crate::dtype::DType::Bf16),
-        recipe: jobs::recipe_number(kind),
-        scales: jobs::scales_number(recipe.scales),
-    });
     for row in 0..rows / 128 {
         for col in 0..cols / 128 {
             table.jobs.push(Job {
                 src: from + 2 * (row * 128 * cols + col * 128),
                 dst: to + row * 128 * cols + col * 128,
                 aux: to + rows * cols + 4 * (row * (cols / 128) + col),
-                form,
+                src_row: 2 * cols as u32,
+                dst_row: cols as u32,
                 rows: 128,
                 cols: 128,
+                kind: jobs::QUANTIZE,
+                dtype: jobs::number(crate::dtype::DType::Bf16),
+                recipe: jobs::recipe_number(kind),
+                scales: jobs::scales_number(recipe.scales),
+                ..Job::default()
             });
         }
     }

@@ -14,6 +14,9 @@ pub const ELEMENTS: u64 = TILE * TILE;
 /// Bytes of shared memory of a job of kind [`EVALUATE`]: one f32 an element, rows of odd length.
 pub const SHARED_BYTES: u32 = (TILE as u32 + 1) * TILE as u32 * 4;
 
+/// Bytes of shared memory of the other jobs: two of 32 KiB, one fetched while one is worked on.
+pub const STAGED_BYTES: u32 = 2 * 32 << 10;
+
 /// Kinds of a job.
 pub const COPY: u8 = 0;
 pub const QUANTIZE: u8 = 1;
@@ -50,7 +53,8 @@ pub const WATCHED: u32 = 2;
 pub const RAW: u32 = 4;
 pub const NOT_CONSTANT: u32 = 8;
 
-/// A box of at most [`ELEMENTS`] elements. Addresses are bytes; for [`EVALUATE`], `src` is an index.
+/// A box of at most [`ELEMENTS`] elements. Addresses and strides are bytes; for [`EVALUATE`],
+/// `src` is an index.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Job {
@@ -58,23 +62,17 @@ pub struct Job {
     pub dst: u64,
     /// Where a tile's scale goes.
     pub aux: u64,
-    pub form: u32,
-    pub rows: u16,
-    pub cols: u16,
-}
-
-/// What jobs of one part share. Strides are bytes.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
-pub struct Form {
-    pub src_row: i64,
-    pub dst_row: i64,
+    pub src_row: u32,
+    pub dst_row: u32,
     /// Index among the program's units, by which a value that is not finite is told.
     pub unit: u32,
+    pub rows: u16,
+    pub cols: u16,
     pub kind: u8,
     pub dtype: u8,
     pub recipe: u8,
     pub scales: u8,
+    pub pad: u32,
 }
 
 /// A box of any expression: evaluated into shared memory, then stored, quantized or measured.
@@ -153,7 +151,6 @@ pub struct Op {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Header {
     pub jobs: u64,
-    pub forms: u64,
     pub evaluations: u64,
     pub segments: u64,
     pub operands: u64,

@@ -12,6 +12,7 @@ mod errors;
 mod files;
 mod graph;
 pub mod jobs;
+pub mod kernels;
 mod land;
 mod library;
 mod maxima;

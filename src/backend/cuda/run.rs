@@ -24,7 +24,8 @@ use crate::topo::RankId;
 /// Smallest bucket of the NCCL path, in bytes.
 const LEAST_BUCKET: u64 = 64 << 10;
 
-/// A bucket of the peer path, which stages nothing: large, for each ends a launch.
+/// A bucket of the peer path, which stages nothing: large, for each ends a launch. Where nothing
+/// is passed on, one is enough.
 const PEER_BUCKET: u64 = 1 << 30;
 
 /// What all GPUs agree on before anything is allocated.

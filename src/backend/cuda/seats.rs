@@ -42,6 +42,11 @@ impl Seats {
         self.ranks.len()
     }
 
+    /// True if a GPU passes on what it was given.
+    pub fn passes_on(&self, graph: &Graph) -> bool {
+        graph.flows.iter().any(|f| Tree::of(graph, f, self).edges.iter().any(|e| e.hop > 0))
+    }
+
     /// How many times a flow crosses from one GPU to another.
     pub fn hops(&self, graph: &Graph, flow: &Flow) -> u64 {
         Tree::of(graph, flow, self).edges.len() as u64

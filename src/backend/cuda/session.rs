@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use super::Fallible;
 use super::arena::Arena;
 use super::build::{Addresses, Build, Staging};
-use super::cache::kernels;
-use super::driver::{Captured, Event, Function, Gpu, Memory, Pinned, Stream};
-use super::jobs::SHARED_BYTES;
+use super::driver::{Arg, Captured, Event, Gpu, Memory, Pinned, Stream};
+use super::kernels::Kernels;
 use super::maxima::staging_bytes;
 use super::nccl::{self, Comm};
 use super::neighbours::{Neighbour, Published};
@@ -17,14 +16,12 @@ use super::packed::Room;
 use super::place::Tensor;
 use super::program::{Instruction, Lane, SeatProgram};
 use super::seats::{Seat, Seats};
+use super::table::Table;
 use crate::diag::Diagnostic;
 use crate::graph::Graph;
 use crate::lower::{Part, Program};
 use crate::rendezvous::Member;
 use crate::topo::RankId;
-
-/// The kernel, for all cards.
-const SOURCE: &str = include_str!("../../../kernels/update.cu");
 
 /// How long a stream may take to end once it has been let go.
 const LET_GO: Duration = Duration::from_secs(5);
@@ -88,7 +85,7 @@ pub struct Session {
     comm: Option<Arc<Comm>>,
     lanes: Vec<Stream>,
     control: Stream,
-    kernel: Function,
+    kernels: Kernels,
     others: Vec<Option<Neighbour>>,
     arenas: Vec<Arena>,
     own: Memory,
@@ -143,7 +140,7 @@ impl Session {
     /// E0605 for a GPU, a library or memory that is missing; E0604 for a GPU that does not come.
     pub fn open(setting: Setting, program: &Program, graphs: &[&Graph]) -> Fallible<Session> {
         let (gpu, seats) = (&setting.gpu, &setting.seats);
-        let kernel = update_kernel(gpu)?;
+        let kernels = Kernels::load(gpu)?;
         let arenas: Vec<Arena> =
             (0..seats.count).map(|seat| Arena::of(program, graphs, seats, seat)).collect();
         let me = setting.member.rank();
@@ -156,7 +153,7 @@ impl Session {
             comm: None,
             lanes: lanes?,
             control,
-            kernel,
+            kernels,
             others: Vec::new(),
             arenas,
             own,
@@ -368,20 +365,17 @@ impl Session {
     }
 
     fn launch(&self, stage: &Stage, lane: Lane, table: usize) -> Fallible<()> {
-        let tables = &stage.program.tables[table];
-        let shared = if tables.has_evaluations() { SHARED_BYTES } else { 0 };
-        let fit = self.kernel.blocks_per_multiprocessor(256, shared)?.max(1);
-        let all = fit * self.setting.gpu.multiprocessors();
+        let (tables, at) = (&stage.program.tables[table], stage.tables[table].address());
         let most = match (self.setting.blocks, lane) {
             (Some(blocks), Lane::Make) => blocks.make,
             (Some(blocks), _) => blocks.store,
-            (None, _) => all,
+            (None, _) => u32::MAX,
         };
-        let grid = all.min(most).min(tables.jobs.len() as u32);
-        let address = stage.tables[table].address();
-        let args =
-            [super::driver::Arg::U64(address), super::driver::Arg::U64(self.bad.address())];
-        self.lane(lane).launch(&self.kernel, grid, 256, shared, &args)
+        let bad = Arg::U64(self.bad.address());
+        let stream = self.lane(lane);
+        self.kernels.update(stream, [Arg::U64(at), bad], tables.jobs.len(), most)?;
+        let at = Table::evaluations_at(at);
+        self.kernels.evaluate(stream, [Arg::U64(at), bad], tables.evaluation_jobs.len(), most)
     }
 
     fn messages(&self, group: &[Instruction]) -> Fallible<()> {
@@ -663,17 +657,6 @@ impl Session {
     pub fn setting(&self) -> &Setting {
         &self.setting
     }
-}
-
-/// The kernel, compiled for a GPU.
-///
-/// # Errors
-/// E0605 if NVRTC is missing or refuses.
-pub(super) fn update_kernel(gpu: &Arc<Gpu>) -> Fallible<Function> {
-    let cubin = kernels(SOURCE, "update.cu", gpu.capability(), &[])?;
-    let kernel = gpu.module(&cubin)?.function("update")?;
-    kernel.set_shared(SHARED_BYTES)?;
-    Ok(kernel)
 }
 
 pub(super) fn join(setting: &Setting) -> Fallible<Arc<Comm>> {

@@ -4,41 +4,30 @@ use std::collections::HashMap;
 
 use bytemuck::bytes_of;
 
-use super::jobs::{self, Evaluation, Form, Header, Job, Op, Operand, Segment};
+use super::jobs::{self, Evaluation, Header, Job, Op, Operand, Segment};
 
 /// Addresses of scratch memory before it is known where it will lie: from here on.
 pub const SCRATCH: u64 = 1 << 60;
 
-/// Jobs of one launch: none may read what another writes.
+/// Bytes between the two headers of an image.
+const HEADER: u64 = size_of::<Header>().next_multiple_of(64) as u64;
+
+/// Jobs of one launch, or of two at a time: none may read what another writes.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     pub jobs: Vec<Job>,
-    pub forms: Vec<Form>,
+    /// Jobs of kind [`jobs::EVALUATE`], which have a kernel of their own.
+    pub evaluation_jobs: Vec<Job>,
     pub evaluations: Vec<Evaluation>,
     pub segments: Vec<Segment>,
     pub operands: Vec<Operand>,
     pub ops: Vec<Op>,
-    known_forms: HashMap<Form, u32>,
     known_ops: HashMap<Vec<Op>, u32>,
 }
 
 impl Table {
     pub fn is_empty(&self) -> bool {
-        self.jobs.is_empty()
-    }
-
-    /// True if a job needs shared memory for its values.
-    pub fn has_evaluations(&self) -> bool {
-        !self.evaluations.is_empty()
-    }
-
-    pub fn form(&mut self, form: Form) -> u32 {
-        let next = self.forms.len() as u32;
-        let known = *self.known_forms.entry(form).or_insert(next);
-        if known == next {
-            self.forms.push(form);
-        }
-        known
+        self.jobs.is_empty() && self.evaluation_jobs.is_empty()
     }
 
     /// Index of the first of some operations.
@@ -56,11 +45,10 @@ impl Table {
     pub fn push_evaluation(&mut self, mut b: Evaluation, first_segment: usize) {
         b.segments = first_segment as u32;
         b.segment_count = (self.segments.len() - first_segment) as u32;
-        let form = Form { kind: jobs::EVALUATE, unit: b.unit, ..Form::default() };
-        let form = self.form(form);
         let src = self.evaluations.len() as u64;
         self.evaluations.push(b);
-        self.jobs.push(Job { src, form, rows: b.rows, cols: b.cols, ..Job::default() });
+        let (kind, unit, rows, cols) = (jobs::EVALUATE, b.unit, b.rows, b.cols);
+        self.evaluation_jobs.push(Job { src, kind, unit, rows, cols, ..Job::default() });
     }
 
     /// Puts scratch memory at an address.
@@ -70,13 +58,10 @@ impl Table {
                 *address = *address - SCRATCH + base;
             }
         };
-        let kinds: Vec<u8> = self.forms.iter().map(|f| f.kind).collect();
         for job in &mut self.jobs {
-            if kinds[job.form as usize] != jobs::EVALUATE {
-                bind(&mut job.src);
-                bind(&mut job.dst);
-                bind(&mut job.aux);
-            }
+            bind(&mut job.src);
+            bind(&mut job.dst);
+            bind(&mut job.aux);
         }
         for b in &mut self.evaluations {
             bind(&mut b.dst);
@@ -90,42 +75,53 @@ impl Table {
         self.lay_out(0).1
     }
 
-    /// The header for a place in memory, and where the image ends.
-    fn lay_out(&self, base: u64) -> (Header, u64) {
-        let mut at = size_of::<Header>().next_multiple_of(64) as u64;
+    /// Where the header of the evaluations lies in an image at an address; that of the other jobs
+    /// lies at its start.
+    pub fn evaluations_at(address: u64) -> u64 {
+        address + HEADER
+    }
+
+    /// The headers for a place in memory, and where the image ends.
+    fn lay_out(&self, base: u64) -> ([Header; 2], u64) {
+        let mut at = 2 * HEADER;
         let mut part = |bytes: usize| {
             let start = base + at;
             at += (bytes as u64).next_multiple_of(64);
             start
         };
-        let header = Header {
+        let jobs = Header {
             jobs: part(size_of_val(&self.jobs[..])),
-            forms: part(size_of_val(&self.forms[..])),
+            count: self.jobs.len() as u32,
+            ..Header::default()
+        };
+        let evaluations = Header {
+            jobs: part(size_of_val(&self.evaluation_jobs[..])),
             evaluations: part(size_of_val(&self.evaluations[..])),
             segments: part(size_of_val(&self.segments[..])),
             operands: part(size_of_val(&self.operands[..])),
             ops: part(size_of_val(&self.ops[..])),
-            count: self.jobs.len() as u32,
+            count: self.evaluation_jobs.len() as u32,
             pad: 0,
         };
-        (header, at)
+        ([jobs, evaluations], at)
     }
 
-    /// The image for a place in memory: header first.
+    /// The image for a place in memory: headers first.
     pub fn image(&self, base: u64) -> Vec<u8> {
-        let (header, bytes) = self.lay_out(base);
+        let ([jobs, evaluations], bytes) = self.lay_out(base);
         let mut image = vec![0; bytes as usize];
         let mut put = |at: u64, bytes: &[u8]| {
             let at = (at - base) as usize;
             image[at..at + bytes.len()].copy_from_slice(bytes);
         };
-        put(base, bytes_of(&header));
-        put(header.jobs, bytemuck::cast_slice(&self.jobs));
-        put(header.forms, bytemuck::cast_slice(&self.forms));
-        put(header.evaluations, bytemuck::cast_slice(&self.evaluations));
-        put(header.segments, bytemuck::cast_slice(&self.segments));
-        put(header.operands, bytemuck::cast_slice(&self.operands));
-        put(header.ops, bytemuck::cast_slice(&self.ops));
+        put(base, bytes_of(&jobs));
+        put(Table::evaluations_at(base), bytes_of(&evaluations));
+        put(jobs.jobs, bytemuck::cast_slice(&self.jobs));
+        put(evaluations.jobs, bytemuck::cast_slice(&self.evaluation_jobs));
+        put(evaluations.evaluations, bytemuck::cast_slice(&self.evaluations));
+        put(evaluations.segments, bytemuck::cast_slice(&self.segments));
+        put(evaluations.operands, bytemuck::cast_slice(&self.operands));
+        put(evaluations.ops, bytemuck::cast_slice(&self.ops));
         image
     }
 }

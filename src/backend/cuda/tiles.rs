@@ -1,6 +1,6 @@
 //! Jobs that quantize: a tile each, fast where it lies well and correct where it does not.
 
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::diag::Diagnostic;
 use crate::dtype::DType;
@@ -9,7 +9,7 @@ use crate::ir::Dims;
 use crate::shard::{Made, TilesFrom, Window};
 
 use super::Fallible;
-use super::jobs::{self, Evaluation, Form, Job};
+use super::jobs::{self, Evaluation, Job};
 use super::parts::{Agreed, Lowering, depth_of};
 use super::place::Plane;
 use super::segments::{Part, Read};
@@ -185,10 +185,11 @@ impl Lowering<'_> {
     }
 
     fn tile(&mut self, level: usize, tile: &Tile<'_>, parts: &[&Part]) -> Fallible<()> {
-        if let Some((job, form)) = self.fast(tile, parts) {
-            let table = self.level(level);
-            let form = table.form(form);
-            table.jobs.push(Job { form, ..job });
+        let meets = |p: &&&Part| Rect::of(&p.window).intersect(&tile.seen).is_some();
+        let parts: SmallVec<[&Part; 4]> = parts.iter().filter(meets).copied().collect();
+        let parts = &parts[..];
+        if let Some(job) = self.fast(tile, parts) {
+            self.level(level).jobs.push(job);
             return Ok(());
         }
         let (unit, chain) = (self.unit, tile.chain);
@@ -223,7 +224,7 @@ impl Lowering<'_> {
     }
 
     /// A tile that is quantized from registers: bf16 rows, evenly aligned, one scale.
-    fn fast(&self, tile: &Tile<'_>, parts: &[&Part]) -> Option<(Job, Form)> {
+    fn fast(&self, tile: &Tile<'_>, parts: &[&Part]) -> Option<Job> {
         let (work, chain) = (tile.work, tile.chain);
         let ([part], [recipe]) = (parts, &chain.recipes[..]) else { return None };
         let (codes, scales) = (work.codes.as_ref()?, work.scales.as_ref()?);
@@ -254,18 +255,21 @@ impl Lowering<'_> {
         if !fits {
             return None;
         }
-        let form = Form {
-            src_row,
-            dst_row,
+        Some(Job {
+            src: from.address,
+            dst,
+            aux: scales.plane.at(&tile.index),
+            src_row: u32::try_from(src_row).ok()?,
+            dst_row: u32::try_from(dst_row).ok()?,
             unit: self.unit,
+            rows: rows as u16,
+            cols: cols as u16,
             kind: jobs::QUANTIZE,
             dtype: jobs::number(DType::Bf16),
             recipe: jobs::recipe_number(recipe.kind),
             scales: jobs::scales_number(scales.format),
-        };
-        let (rows, cols) = (rows as u16, cols as u16);
-        let aux = scales.plane.at(&tile.index);
-        Some((Job { src: from.address, dst, aux, form: 0, rows, cols }, form))
+            pad: 0,
+        })
     }
 
     /// Adds a box and the segments that fill it.

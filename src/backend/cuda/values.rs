@@ -7,7 +7,7 @@ use crate::ir::Dims;
 use crate::shard::{Expr, Window};
 
 use super::Fallible;
-use super::jobs::{self, Evaluation, Form, Job, Op, Operand, Segment};
+use super::jobs::{self, Evaluation, Job, Op, Operand, Segment};
 use super::parts::{Lowering, depth};
 use super::place::{Plane, Strides};
 use super::segments::{Part, Read, matrix, matrix_strides};
@@ -93,25 +93,27 @@ impl Table {
     /// Rows of neighbouring elements, in jobs of about equal size.
     fn copy_rows(&mut self, unit: u32, dtype: DType, row: Axis, cols: u64, src: u64, dst: u64) {
         let size = dtype.size();
-        let form = self.form(Form {
-            src_row: row.src,
-            dst_row: row.dst,
-            unit,
-            kind: jobs::COPY,
-            dtype: jobs::number(dtype),
-            ..Form::default()
-        });
+        let strides = (u32::try_from(row.src), u32::try_from(row.dst));
+        let (src_row, dst_row, most) = match strides {
+            (Ok(src), Ok(dst)) => (src, dst, row.len),
+            // Rows too far apart for one job.
+            _ => (0, 0, 1),
+        };
         let width = cols.min(COPY_BYTES / size);
-        let height = (COPY_BYTES / (width * size)).clamp(1, row.len);
+        let height = (COPY_BYTES / (width * size)).clamp(1, most);
         for (r, rows) in steps(row.len, height) {
             for (c, cols) in steps(cols, width) {
                 self.jobs.push(Job {
                     src: src.wrapping_add_signed(r as i64 * row.src) + c * size,
                     dst: dst.wrapping_add_signed(r as i64 * row.dst) + c * size,
-                    aux: 0,
-                    form,
+                    src_row,
+                    dst_row,
+                    unit,
                     rows: rows as u16,
                     cols: cols as u16,
+                    kind: jobs::COPY,
+                    dtype: jobs::number(dtype),
+                    ..Job::default()
                 });
             }
         }
@@ -224,21 +226,25 @@ impl Table {
 
     /// Adds jobs that look for NaN and infinity in neighbouring elements.
     pub fn scan(&mut self, unit: u32, dtype: DType, address: u64, count: u64) {
-        let form =
-            Form { unit, kind: jobs::SCAN, dtype: jobs::number(dtype), ..Form::default() };
-        let form = self.form(form);
         for (i, cols) in steps(count, COPY_BYTES / dtype.size()) {
-            let src = address + i * dtype.size();
-            self.jobs.push(Job { src, dst: 0, aux: 0, form, rows: 1, cols: cols as u16 });
+            self.jobs.push(Job {
+                src: address + i * dtype.size(),
+                unit,
+                rows: 1,
+                cols: cols as u16,
+                kind: jobs::SCAN,
+                dtype: jobs::number(dtype),
+                ..Job::default()
+            });
         }
     }
 
     /// Adds jobs that raise some words to those of another rank.
     pub fn maximum(&mut self, from: u64, to: u64, count: u64) {
-        let form = self.form(Form { kind: jobs::MAXIMUM, ..Form::default() });
         for (i, cols) in steps(count, 8192) {
             let (src, dst) = (from + 4 * i, to + 4 * i);
-            self.jobs.push(Job { src, dst, aux: 0, form, rows: 1, cols: cols as u16 });
+            let (kind, cols) = (jobs::MAXIMUM, cols as u16);
+            self.jobs.push(Job { src, dst, kind, rows: 1, cols, ..Job::default() });
         }
     }
 }
