@@ -1,6 +1,6 @@
 // The kernels of an update. Each works through a table of jobs, boxes of at most 128 x 128 elements:
-// `update` those that copy and quantize what lies evenly, `evaluate` those of any expression. The
-// structs mirror src/backend/cuda/jobs.rs, the numerics src/fp8.
+// `quantize` and `copy` those that lie evenly, `evaluate` those of any expression. Apart they need
+// few enough registers. The structs mirror src/backend/cuda/jobs.rs, the numerics src/fp8.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -228,38 +228,12 @@ __device__ __forceinline__ u32 block_max(u32 value, u32& turn) {
 
 __device__ __forceinline__ void mark(u32* bad, u32 unit) { *(volatile u32*)(bad + unit) = 1; }
 
-// ---- staging: the 16-byte chunks of the next job come into shared memory behind this one ----
-
-const int CHUNKS = 8;
-const u32 STAGED = CHUNKS * THREADS;
-
-__device__ __forceinline__ void fetch(uint4* to, u64 from) {
-  u32 at = (u32)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
-}
-
-// A job's rows as chunks; each thread fetches the chunks that it will read itself.
-__device__ __forceinline__ void stage(const Job& job, u32 chunks, uint4* buffer) {
-  const Divider row(chunks);
-  const u32 all = chunks * job.rows;
-#pragma unroll
-  for (int i = 0; i < CHUNKS; i++) {
-    u32 at = threadIdx.x + i * THREADS;
-    if (at < all) {
-      u32 r = row.of(at);
-      fetch(buffer + at, job.src + (u64)r * job.src_row + row.rest(at, r) * 16);
-    }
-  }
-}
-
-// Chunks in a row of a job that is staged; 0 for one that is not.
-__device__ __forceinline__ u32 chunks_of(const Job& job) {
-  if (job.kind == QUANTIZE) return job.cols / 8;
-  if (job.kind != COPY && job.kind != SCAN) return 0;
-  u32 bytes = job.cols * size_of(job.dtype);
-  u64 bits = job.src | job.dst | bytes;
-  if (job.rows > 1) bits |= (u64)job.src_row | (u64)job.dst_row;
-  return bits % 16 == 0 && bytes / 16 * job.rows <= STAGED ? bytes / 16 : 0;
+// What is read or written once stays out of the way of what is not.
+__device__ __forceinline__ uint4 load_once(u64 address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
 }
 
 // The larger of each half.
@@ -295,60 +269,67 @@ __device__ __forceinline__ uint2 exchanged(uint2 v) {
   return make_uint2(__shfl_xor_sync(0xffffffffu, v.x, 1), __shfl_xor_sync(0xffffffffu, v.y, 1));
 }
 
-// A whole bf16 tile: it stays in registers between maximum and codes.
-template <bool DIVIDE>
-__device__ __forceinline__ void quantize_full(const Job& job, const uint4* staged, u32* bad, u32& turn) {
-  uint4 v[CHUNKS];
-  u32 high = 0;
-#pragma unroll
-  for (int i = 0; i < CHUNKS; i++) {
-    v[i] = staged[threadIdx.x + i * THREADS];
-    high = absolute_max(high, v[i]);
-  }
+// 16-byte chunks of a tile that a thread has in registers, between maximum and codes.
+const int CHUNKS = 8;
+
+// Agrees on the scale of a tile; gives what its elements are multiplied or divided by.
+__device__ __forceinline__ float settle(const Job& job, u32 high, u32* bad, u32& turn) {
   u32 amax = block_max(max(high & 0xffff, high >> 16), turn) << 16;
   float scale = scale_of(job.recipe, amax);
-  float step = step_of(job.recipe, scale);
   if (threadIdx.x == 0) {
     store_scale(job.aux, job.scales, scale);
     if (amax >= INFINITY_BITS) mark(bad, job.unit);
   }
+  return step_of(job.recipe, scale);
+}
+
+// A whole bf16 tile, aligned to 16 bytes.
+template <bool DIVIDE>
+__device__ __forceinline__ void quantize_full(const Job& job, u32* bad, u32& turn) {
+  const u32 lane = threadIdx.x % 16, first = threadIdx.x / 16;
+  const u64 src = job.src + (u64)first * job.src_row + lane * 16;
+  uint4 v[CHUNKS];
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) v[i] = load_once(src + (u64)i * 16 * job.src_row);
+  u32 high = 0;
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) high = absolute_max(high, v[i]);
+  const float step = settle(job, high, bad, turn);
   // Neighbours swap halves, so that each stores 16 bytes of one row.
   const bool odd = threadIdx.x & 1;
-  const u32 lane = threadIdx.x % 16, first = threadIdx.x / 16 + (odd ? 16 : 0);
-  u64 dst = job.dst + (u64)first * job.dst_row + (lane & ~1u) * 8;
+  const u64 dst = job.dst + (u64)(first + (odd ? 16 : 0)) * job.dst_row + (lane & ~1u) * 8;
 #pragma unroll
   for (int i = 0; i < CHUNKS; i += 2) {
     uint2 a = codes_of(v[i], DIVIDE, step), b = codes_of(v[i + 1], DIVIDE, step);
     uint2 other = exchanged(odd ? a : b);
     uint4 out = odd ? make_uint4(other.x, other.y, b.x, b.y) : make_uint4(a.x, a.y, other.x, other.y);
-    *(uint4*)(dst + (u64)i * 16 * job.dst_row) = out;
+    __stcs((uint4*)(dst + (u64)i * 16 * job.dst_row), out);
   }
 }
 
 // Any tile whose rows are multiples of 8 elements: 8-byte stores.
-__device__ __forceinline__ void quantize_ragged(const Job& job, const uint4* staged, u32* bad, u32& turn) {
+__device__ __forceinline__ void quantize_ragged(const Job& job, u32* bad, u32& turn) {
   const u32 chunks = job.cols / 8, all = chunks * job.rows;
   const Divider row(chunks);
+  uint4 v[CHUNKS];
   u32 high = 0;
-#pragma unroll
-  for (int i = 0; i < CHUNKS; i++) {
-    u32 at = threadIdx.x + i * THREADS;
-    if (at < all) high = absolute_max(high, staged[at]);
-  }
-  u32 amax = block_max(max(high & 0xffff, high >> 16), turn) << 16;
-  float scale = scale_of(job.recipe, amax);
-  float step = step_of(job.recipe, scale);
-  if (threadIdx.x == 0) {
-    store_scale(job.aux, job.scales, scale);
-    if (amax >= INFINITY_BITS) mark(bad, job.unit);
-  }
 #pragma unroll
   for (int i = 0; i < CHUNKS; i++) {
     u32 at = threadIdx.x + i * THREADS;
     if (at < all) {
       u32 r = row.of(at);
-      *(uint2*)(job.dst + (u64)r * job.dst_row + row.rest(at, r) * 8) =
-          codes_of(staged[at], job.recipe == PRIME_RL, step);
+      v[i] = load_once(job.src + (u64)r * job.src_row + row.rest(at, r) * 16);
+      high = absolute_max(high, v[i]);
+    }
+  }
+  const float step = settle(job, high, bad, turn);
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    u32 at = threadIdx.x + i * THREADS;
+    if (at < all) {
+      u32 r = row.of(at);
+      __stcs((uint2*)(job.dst + (u64)r * job.dst_row + row.rest(at, r) * 8),
+             codes_of(v[i], job.recipe == PRIME_RL, step));
     }
   }
 }
@@ -373,19 +354,25 @@ __device__ __forceinline__ bool bad_word(u32 dtype, T word) {
   return found;
 }
 
-// Rows of staged chunks; only looked at if `store` is false.
-__device__ __forceinline__ void copy_staged(const Job& job, u32 chunks, const uint4* staged, bool store, u32* bad) {
+// Rows of 16-byte chunks; only looked at if `store` is false.
+__device__ __forceinline__ void copy_wide(const Job& job, u32 chunks, bool store, u32* bad) {
   const Divider row(chunks);
   const u32 all = chunks * job.rows;
   bool found = false;
+  for (u32 start = threadIdx.x; start < all; start += CHUNKS * THREADS) {
+    uint4 v[CHUNKS];
 #pragma unroll
-  for (int i = 0; i < CHUNKS; i++) {
-    u32 at = threadIdx.x + i * THREADS;
-    if (at < all) {
-      uint4 v = staged[at];
-      found |= bad_word(job.dtype, v);
-      u32 r = row.of(at);
-      if (store) *(uint4*)(job.dst + (u64)r * job.dst_row + row.rest(at, r) * 16) = v;
+    for (int i = 0; i < CHUNKS; i++) {
+      u32 at = start + i * THREADS, r = row.of(at);
+      if (at < all) v[i] = load_once(job.src + (u64)r * job.src_row + row.rest(at, r) * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+      u32 at = start + i * THREADS, r = row.of(at);
+      if (at < all) {
+        found |= bad_word(job.dtype, v[i]);
+        if (store) __stcs((uint4*)(job.dst + (u64)r * job.dst_row + row.rest(at, r) * 16), v[i]);
+      }
     }
   }
   if (found) mark(bad, job.unit);
@@ -405,9 +392,11 @@ __device__ __forceinline__ void copy_elements(const Job& job, bool store, u32* b
   if (found) mark(bad, job.unit);
 }
 
-__device__ __forceinline__ void copy(const Job& job, u32 chunks, const uint4* staged, bool store, u32* bad) {
-  if (chunks) return copy_staged(job, chunks, staged, store, bad);
-  u32 size = size_of(job.dtype);
+__device__ __forceinline__ void copy_rows(const Job& job, bool store, u32* bad) {
+  u32 size = size_of(job.dtype), bytes = job.cols * size;
+  u64 bits = job.src | job.dst | bytes;
+  if (job.rows > 1) bits |= (u64)job.src_row | (u64)job.dst_row;
+  if (bits % 16 == 0) return copy_wide(job, bytes / 16, store, bad);
   if (size == 4) return copy_elements<u32>(job, store, bad);
   if (size == 2) return copy_elements<u16>(job, store, bad);
   copy_elements<u8>(job, store, bad);
@@ -651,40 +640,23 @@ __device__ __forceinline__ Job job_at(const Job* jobs, u32 i) {
   return job;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) update(const Header* table, u32* bad) {
-  extern __shared__ uint4 staged[];
-  const u32 count = table->count;
-  const Job* jobs = (const Job*)table->jobs;
-  u32 turn = 0, buffer = 0;
-  if (blockIdx.x >= count) return;
-  Job job = job_at(jobs, blockIdx.x), next;
-  u32 chunks = chunks_of(job), chunks_next = 0;
-  stage(job, chunks, staged);
-  asm volatile("cp.async.commit_group;");
-  if (blockIdx.x + gridDim.x < count) next = job_at(jobs, blockIdx.x + gridDim.x);
-  for (u32 i = blockIdx.x; i < count; i += gridDim.x) {
-    if (i + gridDim.x < count) {
-      chunks_next = chunks_of(next);
-      stage(next, chunks_next, staged + (buffer ^ 1) * STAGED);
-    }
-    asm volatile("cp.async.commit_group;");
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    const uint4* own = staged + buffer * STAGED;
-    switch (job.kind) {
-      case QUANTIZE:
-        if (job.rows != 128 || job.cols != 128) quantize_ragged(job, own, bad, turn);
-        else if (job.recipe == PRIME_RL) quantize_full<true>(job, own, bad, turn);
-        else quantize_full<false>(job, own, bad, turn);
-        break;
-      case COPY:
-      case SCAN: copy(job, chunks, own, job.kind == COPY, bad); break;
-      case MAXIMUM: maximum(job); break;
-      default: break;
-    }
-    job = next;
-    chunks = chunks_next;
-    buffer ^= 1;
-    if (i + 2 * gridDim.x < count) next = job_at(jobs, i + 2 * gridDim.x);
+// With a block for each job the hardware overlaps loads of some with stores of others: 10 % faster
+// on an H100 than blocks that go on to further jobs, which is for launches that must leave room.
+extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(const Header* table, u32* bad) {
+  u32 turn = 0;
+  for (u32 i = blockIdx.x; i < table->count; i += gridDim.x) {
+    const Job job = job_at((const Job*)table->jobs, i);
+    if (job.rows != 128 || job.cols != 128) quantize_ragged(job, bad, turn);
+    else if (job.recipe == PRIME_RL) quantize_full<true>(job, bad, turn);
+    else quantize_full<false>(job, bad, turn);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) copy(const Header* table, u32* bad) {
+  for (u32 i = blockIdx.x; i < table->count; i += gridDim.x) {
+    const Job job = job_at((const Job*)table->jobs, i);
+    if (job.kind == MAXIMUM) maximum(job);
+    else copy_rows(job, job.kind == COPY, bad);
   }
 }
 

@@ -276,7 +276,7 @@ fn quantize(host: &mut Host, job: &Job) {
 }
 
 fn launch(host: &mut Host, t: &Table) {
-    for job in t.jobs.iter().chain(&t.evaluation_jobs) {
+    for job in t.lists().into_iter().flatten() {
         match job.kind {
             jobs::COPY => copy(host, job),
             jobs::QUANTIZE => quantize(host, job),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::Fallible;
-use super::driver::{self, Arg, Gpu, Memory, Stream};
+use super::driver::{self, Gpu, Memory, Stream};
 use super::jobs::{self, Job};
 use super::kernels::Kernels;
 use super::nccl;
@@ -249,9 +249,9 @@ impl Transfer<'_> {
         let memory = gpu.alloc(table.bytes())?;
         stream.upload(memory.address(), &table.image(memory.address()))?;
         let bad = gpu.alloc(4)?;
-        let args = [Arg::U64(memory.address()), Arg::U64(bad.address())];
-        let jobs = table.jobs.len();
-        let seconds = timed(gpu, &stream, || kernels.update(&stream, args, jobs, u32::MAX))?;
+        let (at, bad) = (memory.address(), bad.address());
+        let seconds =
+            timed(gpu, &stream, || kernels.launch(&stream, &table, at, bad, u32::MAX))?;
         Ok(Some(seconds))
     }
 }
@@ -461,9 +461,9 @@ pub fn quantize(recipe: RecipeKind, rows: u64, cols: u64) -> Result<Quantized> {
         let memory = gpu.alloc(table.bytes())?;
         stream.upload(memory.address(), &table.image(memory.address()))?;
         let bad = gpu.alloc(4)?;
-        let args = [Arg::U64(memory.address()), Arg::U64(bad.address())];
-        let jobs = table.jobs.len();
-        let seconds = timed(&gpu, &stream, || kernels.update(&stream, args, jobs, u32::MAX))?;
+        let (at, bad) = (memory.address(), bad.address());
+        let seconds =
+            timed(&gpu, &stream, || kernels.launch(&stream, &table, at, bad, u32::MAX))?;
         let half = read / 2;
         let copy =
             timed(&gpu, &stream, || stream.copy(from.address() + half, from.address(), half))?;
@@ -487,7 +487,7 @@ fn tiles(kind: RecipeKind, rows: u64, cols: u64, from: u64, to: u64) -> Table {
     let mut table = Table::default();
     for row in 0..rows / 128 {
         for col in 0..cols / 128 {
-            table.jobs.push(Job {
+            table.quantizations.push(Job {
                 src: from + 2 * (row * 128 * cols + col * 128),
                 dst: to + row * 128 * cols + col * 128,
                 aux: to + rows * cols + 4 * (row * (cols / 128) + col),

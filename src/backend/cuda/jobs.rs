@@ -14,9 +14,6 @@ pub const ELEMENTS: u64 = TILE * TILE;
 /// Bytes of shared memory of a job of kind [`EVALUATE`]: one f32 an element, rows of odd length.
 pub const SHARED_BYTES: u32 = (TILE as u32 + 1) * TILE as u32 * 4;
 
-/// Bytes of shared memory of the other jobs: two of 32 KiB, one fetched while one is worked on.
-pub const STAGED_BYTES: u32 = 2 * 32 << 10;
-
 /// Kinds of a job.
 pub const COPY: u8 = 0;
 pub const QUANTIZE: u8 = 1;

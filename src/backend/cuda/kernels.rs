@@ -1,25 +1,23 @@
-//! The two kernels, compiled for a GPU, and how many blocks they are launched with.
+//! The kernels, compiled for a GPU, and their launches.
 
 use std::sync::Arc;
 
 use super::Fallible;
 use super::cache;
 use super::driver::{Arg, Function, Gpu, Stream};
-use super::jobs::{SHARED_BYTES, STAGED_BYTES};
+use super::jobs::SHARED_BYTES;
+use super::table::Table;
 
 /// The kernels, for all cards.
 pub const SOURCE: &str = include_str!("../../../kernels/update.cu");
 
+/// Their names, in the order of a table's lists, and bytes of shared memory.
+const KERNELS: [(&str, u32); 3] = [("quantize", 0), ("copy", 0), ("evaluate", SHARED_BYTES)];
+
 /// Threads of a block.
 const THREADS: u32 = 256;
 
-pub struct Kernels {
-    update: Function,
-    evaluate: Function,
-    /// Blocks that run at a time.
-    update_blocks: u32,
-    evaluate_blocks: u32,
-}
+pub struct Kernels([Function; 3]);
 
 impl Kernels {
     /// # Errors
@@ -27,44 +25,35 @@ impl Kernels {
     pub fn load(gpu: &Arc<Gpu>) -> Fallible<Kernels> {
         let cubin = cache::kernels(SOURCE, "update.cu", gpu.capability(), &[])?;
         let module = gpu.module(&cubin)?;
-        let (update, evaluate) = (module.function("update")?, module.function("evaluate")?);
-        evaluate.set_shared(SHARED_BYTES)?;
-        update.set_shared(STAGED_BYTES)?;
-        let all = |f: &Function, shared| -> Fallible<u32> {
-            Ok(f.blocks_per_multiprocessor(THREADS, shared)?.max(1) * gpu.multiprocessors())
+        let load = |(name, shared): (&str, u32)| -> Fallible<Function> {
+            let function = module.function(name)?;
+            if shared > 0 {
+                function.set_shared(shared)?;
+            }
+            Ok(function)
         };
-        let (update_blocks, evaluate_blocks) =
-            (all(&update, STAGED_BYTES)?, all(&evaluate, SHARED_BYTES)?);
-        Ok(Kernels { update, evaluate, update_blocks, evaluate_blocks })
+        let [a, b, c] = KERNELS.map(load);
+        Ok(Kernels([a?, b?, c?]))
     }
 
-    /// Runs the jobs that copy and quantize, with at most `most` blocks.
+    /// Runs a table whose image lies at an address, with at most `most` blocks a kernel. `bad` has
+    /// a word for each unit.
     ///
     /// # Errors
     /// E0605 from the driver.
-    pub fn update(
+    pub fn launch(
         &self,
         stream: &Stream,
-        args: [Arg; 2],
-        jobs: usize,
+        table: &Table,
+        at: u64,
+        bad: u64,
         most: u32,
     ) -> Fallible<()> {
-        let grid = self.update_blocks.min(most).min(jobs as u32);
-        stream.launch(&self.update, grid, THREADS, STAGED_BYTES, &args)
-    }
-
-    /// Runs the jobs of any expression, with at most `most` blocks.
-    ///
-    /// # Errors
-    /// E0605 from the driver.
-    pub fn evaluate(
-        &self,
-        stream: &Stream,
-        args: [Arg; 2],
-        jobs: usize,
-        most: u32,
-    ) -> Fallible<()> {
-        let grid = self.evaluate_blocks.min(most).min(jobs as u32);
-        stream.launch(&self.evaluate, grid, THREADS, SHARED_BYTES, &args)
+        for (kernel, jobs) in table.lists().into_iter().enumerate() {
+            let args = [Arg::U64(Table::header_at(at, kernel)), Arg::U64(bad)];
+            let (blocks, shared) = (most.min(jobs.len() as u32), KERNELS[kernel].1);
+            stream.launch(&self.0[kernel], blocks, THREADS, shared, &args)?;
+        }
+        Ok(())
     }
 }

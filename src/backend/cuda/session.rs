@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::Fallible;
 use super::arena::Arena;
 use super::build::{Addresses, Build, Staging};
-use super::driver::{Arg, Captured, Event, Gpu, Memory, Pinned, Stream};
+use super::driver::{Captured, Event, Gpu, Memory, Pinned, Stream};
 use super::kernels::Kernels;
 use super::maxima::staging_bytes;
 use super::nccl::{self, Comm};
@@ -16,7 +16,6 @@ use super::packed::Room;
 use super::place::Tensor;
 use super::program::{Instruction, Lane, SeatProgram};
 use super::seats::{Seat, Seats};
-use super::table::Table;
 use crate::diag::Diagnostic;
 use crate::graph::Graph;
 use crate::lower::{Part, Program};
@@ -25,6 +24,9 @@ use crate::topo::RankId;
 
 /// How long a stream may take to end once it has been let go.
 const LET_GO: Duration = Duration::from_secs(5);
+
+/// How long a wait polls without sleeping.
+const AWAKE: Duration = Duration::from_millis(500);
 
 /// How bytes travel between GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,15 @@ pub enum Path {
 pub struct Blocks {
     pub make: u32,
     pub store: u32,
+}
+
+impl Blocks {
+    /// One for each job.
+    pub const ALL: Blocks = Blocks { make: u32::MAX, store: u32::MAX };
+
+    /// What leaves NCCL's kernels their multiprocessors: with more, messages are slower than what
+    /// is gained (H100, 128 MiB messages).
+    pub const BESIDE_NCCL: Blocks = Blocks { make: 96, store: 64 };
 }
 
 /// Bytes of memory that a session takes beside the weights.
@@ -366,16 +377,12 @@ impl Session {
 
     fn launch(&self, stage: &Stage, lane: Lane, table: usize) -> Fallible<()> {
         let (tables, at) = (&stage.program.tables[table], stage.tables[table].address());
-        let most = match (self.setting.blocks, lane) {
-            (Some(blocks), Lane::Make) => blocks.make,
-            (Some(blocks), _) => blocks.store,
-            (None, _) => u32::MAX,
-        };
-        let bad = Arg::U64(self.bad.address());
-        let stream = self.lane(lane);
-        self.kernels.update(stream, [Arg::U64(at), bad], tables.jobs.len(), most)?;
-        let at = Table::evaluations_at(at);
-        self.kernels.evaluate(stream, [Arg::U64(at), bad], tables.evaluation_jobs.len(), most)
+        let blocks = self.setting.blocks.unwrap_or(match &self.comm {
+            Some(_) => Blocks::BESIDE_NCCL,
+            None => Blocks::ALL,
+        });
+        let most = if lane == Lane::Make { blocks.make } else { blocks.store };
+        self.kernels.launch(self.lane(lane), tables, at, self.bad.address(), most)
     }
 
     fn messages(&self, group: &[Instruction]) -> Fallible<()> {
@@ -535,7 +542,7 @@ impl Session {
 
     /// Waits for all lanes, at most until a time or until another GPU fails.
     fn watch(&self, deadline: Instant) -> Fallible<()> {
-        let mut waited = 0u32;
+        let waited = Instant::now();
         loop {
             let done = self
                 .lanes
@@ -559,10 +566,10 @@ impl Session {
                 self.let_go();
                 return Err(problem);
             }
-            waited += 1;
-            match waited {
-                0..2000 => std::thread::yield_now(),
-                _ => std::thread::sleep(Duration::from_micros(200)),
+            // Awake while an update usually lasts: a thread that has slept launches slowly.
+            match waited.elapsed() < AWAKE {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(Duration::from_micros(200)),
             }
         }
     }

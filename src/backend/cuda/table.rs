@@ -9,14 +9,17 @@ use super::jobs::{self, Evaluation, Header, Job, Op, Operand, Segment};
 /// Addresses of scratch memory before it is known where it will lie: from here on.
 pub const SCRATCH: u64 = 1 << 60;
 
-/// Bytes between the two headers of an image.
+/// Bytes between the headers of an image.
 const HEADER: u64 = size_of::<Header>().next_multiple_of(64) as u64;
 
-/// Jobs of one launch, or of two at a time: none may read what another writes.
+/// Jobs that run side by side: none may read what another writes. Each kernel has its own.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    pub jobs: Vec<Job>,
-    /// Jobs of kind [`jobs::EVALUATE`], which have a kernel of their own.
+    /// Jobs of kind [`jobs::QUANTIZE`].
+    pub quantizations: Vec<Job>,
+    /// Those of kinds [`jobs::COPY`], [`jobs::SCAN`] and [`jobs::MAXIMUM`].
+    pub copies: Vec<Job>,
+    /// Those of kind [`jobs::EVALUATE`].
     pub evaluation_jobs: Vec<Job>,
     pub evaluations: Vec<Evaluation>,
     pub segments: Vec<Segment>,
@@ -27,7 +30,7 @@ pub struct Table {
 
 impl Table {
     pub fn is_empty(&self) -> bool {
-        self.jobs.is_empty() && self.evaluation_jobs.is_empty()
+        self.lists().iter().all(|jobs| jobs.is_empty())
     }
 
     /// Index of the first of some operations.
@@ -58,7 +61,7 @@ impl Table {
                 *address = *address - SCRATCH + base;
             }
         };
-        for job in &mut self.jobs {
+        for job in self.quantizations.iter_mut().chain(&mut self.copies) {
             bind(&mut job.src);
             bind(&mut job.dst);
             bind(&mut job.aux);
@@ -75,53 +78,56 @@ impl Table {
         self.lay_out(0).1
     }
 
-    /// Where the header of the evaluations lies in an image at an address; that of the other jobs
-    /// lies at its start.
-    pub fn evaluations_at(address: u64) -> u64 {
-        address + HEADER
+    /// The jobs of each kernel, in the order of an image's headers.
+    pub fn lists(&self) -> [&[Job]; 3] {
+        [&self.quantizations, &self.copies, &self.evaluation_jobs]
+    }
+
+    /// Where a kernel's header lies in an image at an address.
+    pub fn header_at(address: u64, kernel: usize) -> u64 {
+        address + kernel as u64 * HEADER
     }
 
     /// The headers for a place in memory, and where the image ends.
-    fn lay_out(&self, base: u64) -> ([Header; 2], u64) {
-        let mut at = 2 * HEADER;
+    fn lay_out(&self, base: u64) -> ([Header; 3], u64) {
+        let mut at = 3 * HEADER;
         let mut part = |bytes: usize| {
             let start = base + at;
             at += (bytes as u64).next_multiple_of(64);
             start
         };
-        let jobs = Header {
-            jobs: part(size_of_val(&self.jobs[..])),
-            count: self.jobs.len() as u32,
+        let mut headers = self.lists().map(|jobs| Header {
+            jobs: part(size_of_val(jobs)),
+            count: jobs.len() as u32,
             ..Header::default()
-        };
-        let evaluations = Header {
-            jobs: part(size_of_val(&self.evaluation_jobs[..])),
+        });
+        headers[2] = Header {
             evaluations: part(size_of_val(&self.evaluations[..])),
             segments: part(size_of_val(&self.segments[..])),
             operands: part(size_of_val(&self.operands[..])),
             ops: part(size_of_val(&self.ops[..])),
-            count: self.evaluation_jobs.len() as u32,
-            pad: 0,
+            ..headers[2]
         };
-        ([jobs, evaluations], at)
+        (headers, at)
     }
 
     /// The image for a place in memory: headers first.
     pub fn image(&self, base: u64) -> Vec<u8> {
-        let ([jobs, evaluations], bytes) = self.lay_out(base);
+        let (headers, bytes) = self.lay_out(base);
         let mut image = vec![0; bytes as usize];
         let mut put = |at: u64, bytes: &[u8]| {
             let at = (at - base) as usize;
             image[at..at + bytes.len()].copy_from_slice(bytes);
         };
-        put(base, bytes_of(&jobs));
-        put(Table::evaluations_at(base), bytes_of(&evaluations));
-        put(jobs.jobs, bytemuck::cast_slice(&self.jobs));
-        put(evaluations.jobs, bytemuck::cast_slice(&self.evaluation_jobs));
-        put(evaluations.evaluations, bytemuck::cast_slice(&self.evaluations));
-        put(evaluations.segments, bytemuck::cast_slice(&self.segments));
-        put(evaluations.operands, bytemuck::cast_slice(&self.operands));
-        put(evaluations.ops, bytemuck::cast_slice(&self.ops));
+        for (kernel, (header, jobs)) in headers.iter().zip(self.lists()).enumerate() {
+            put(Table::header_at(base, kernel), bytes_of(header));
+            put(header.jobs, bytemuck::cast_slice(jobs));
+        }
+        let last = &headers[2];
+        put(last.evaluations, bytemuck::cast_slice(&self.evaluations));
+        put(last.segments, bytemuck::cast_slice(&self.segments));
+        put(last.operands, bytemuck::cast_slice(&self.operands));
+        put(last.ops, bytemuck::cast_slice(&self.ops));
         image
     }
 }

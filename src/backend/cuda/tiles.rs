@@ -189,7 +189,7 @@ impl Lowering<'_> {
         let parts: SmallVec<[&Part; 4]> = parts.iter().filter(meets).copied().collect();
         let parts = &parts[..];
         if let Some(job) = self.fast(tile, parts) {
-            self.level(level).jobs.push(job);
+            self.level(level).quantizations.push(job);
             return Ok(());
         }
         let (unit, chain) = (self.unit, tile.chain);

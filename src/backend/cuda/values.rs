@@ -103,7 +103,7 @@ impl Table {
         let height = (COPY_BYTES / (width * size)).clamp(1, most);
         for (r, rows) in steps(row.len, height) {
             for (c, cols) in steps(cols, width) {
-                self.jobs.push(Job {
+                self.copies.push(Job {
                     src: src.wrapping_add_signed(r as i64 * row.src) + c * size,
                     dst: dst.wrapping_add_signed(r as i64 * row.dst) + c * size,
                     src_row,
@@ -227,7 +227,7 @@ impl Table {
     /// Adds jobs that look for NaN and infinity in neighbouring elements.
     pub fn scan(&mut self, unit: u32, dtype: DType, address: u64, count: u64) {
         for (i, cols) in steps(count, COPY_BYTES / dtype.size()) {
-            self.jobs.push(Job {
+            self.copies.push(Job {
                 src: address + i * dtype.size(),
                 unit,
                 rows: 1,
@@ -244,7 +244,7 @@ impl Table {
         for (i, cols) in steps(count, 8192) {
             let (src, dst) = (from + 4 * i, to + 4 * i);
             let (kind, cols) = (jobs::MAXIMUM, cols as u16);
-            self.jobs.push(Job { src, dst, kind, rows: 1, cols, ..Job::default() });
+            self.copies.push(Job { src, dst, kind, rows: 1, cols, ..Job::default() });
         }
     }
 }
