@@ -149,6 +149,25 @@ pub fn update_agreed(
     Ok(report)
 }
 
+/// Calls `work` with readers of the sources and writers of the targets, once all fit the plan.
+///
+/// # Errors
+/// E0401 and E0407 to E0409 for what does not fit; what `work` gives.
+pub fn with_ends<T>(
+    compiled: &Compiled,
+    trainers: &[Sources<'_>],
+    targets: &mut Targets<'_>,
+    work: impl FnOnce(&[&dyn Rows], &[Option<&dyn Sink>]) -> Result<T>,
+) -> Result<T> {
+    let shards = bind_sources(compiled, trainers)?;
+    let rows: Vec<&dyn Rows> = shards.iter().map(|s| s as &dyn Rows).collect();
+    match_targets(compiled, targets)?;
+    let sinks: Vec<RankSink<'_, '_>> =
+        all_ranks(compiled).map(|(id, rank)| RankSink { id, rank, targets }).collect();
+    let bound: Vec<Option<&dyn Sink>> = sinks.iter().map(|s| Some(s as &dyn Sink)).collect();
+    work(&rows, &bound)
+}
+
 /// Runs one update on GPUs: sources are brought up, targets down. Derived parameters as well.
 ///
 /// # Errors
@@ -161,15 +180,11 @@ pub fn update_on_gpus(
     finite: FiniteCheck,
     options: &cuda::Options,
 ) -> Result<Vec<NonFinite>> {
-    let shards = bind_sources(compiled, trainers)?;
-    let rows: Vec<&dyn Rows> = shards.iter().map(|s| s as &dyn Rows).collect();
-    match_targets(compiled, targets)?;
-    let sinks: Vec<RankSink<'_, '_>> =
-        all_ranks(compiled).map(|(id, rank)| RankSink { id, rank, targets }).collect();
-    let bound: Vec<Option<&dyn Sink>> = sinks.iter().map(|s| Some(s as &dyn Sink)).collect();
-    let ends = Ends { rows: &rows, sinks: &bound };
     let replicas = compiled.mesh.replicas as u32;
-    Ok(on_gpus(compiled, launch, replicas, ends, finite, options)?.1)
+    with_ends(compiled, trainers, targets, |rows, sinks| {
+        let ends = Ends { rows, sinks };
+        Ok(on_gpus(compiled, launch, replicas, ends, finite, options)?.1)
+    })
 }
 
 /// The local tensors of each trainer rank, of the shapes that the placements give.

@@ -153,6 +153,26 @@ proptest! {
     }
 
     #[test]
+    fn gpus_that_stay_open_follow_weights_and_maps(case in case(), seed: u64, peer: bool) {
+        let Some(launch) = gpu::find() else { return Ok(()) };
+        let path = if peer { GpuPath::Peer } else { GpuPath::Nccl };
+        let worlds = [seed, !seed].map(|s| World::random(&case.sources, s, Values::Any));
+        let Ok(compiled) = compile_sharded(&case, &worlds[0]) else { return Ok(()) };
+        let mut turned = case.clone();
+        turned.experts.values_mut().for_each(|map| map.reverse());
+        let other = compile_sharded(&turned, &worlds[0]).ok();
+        let other = other.filter(|_| turned.experts != case.experts);
+        let worlds = [&worlds[0], &worlds[1]];
+        let mut left = gpu::replays(&compiled, worlds, other.as_ref(), &launch, path).into_iter();
+        for (case, world) in [(&case, worlds[0]), (&case, worlds[1]), (&turned, worlds[0])] {
+            let Some(found) = left.next() else { break };
+            let again = compile_sharded(case, world);
+            let once = std::cell::Cell::new(Some(found));
+            check_compiled(case, world, again, &|_, _| once.take().expect("asked once"));
+        }
+    }
+
+    #[test]
     fn quantize_commutes_with_aligned_cuts_and_no_others(cut in cut()) {
         check_cut(&cut);
     }

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use kernelcast::backend::cpu::{FiniteCheck, Options, Report};
+use kernelcast::backend::cpu::{FiniteCheck, Options, Report, Rows, Sink};
 use kernelcast::backend::reference::Stored;
 use kernelcast::compile::Compiled;
 use kernelcast::dtype::DType;
 use kernelcast::lower::{Part, RankProgram, TargetKind};
-use kernelcast::memory::{Sources, Targets, update};
+use kernelcast::memory::{Sources, Targets, update, with_ends};
 use kernelcast::topo::RankId;
 
 use crate::world::World;
@@ -69,6 +69,21 @@ pub fn updated(
         assert_eq!(replica, memory, "a replica differs");
     }
     memory
+}
+
+/// The same with readers and writers.
+pub fn bound(
+    compiled: &Compiled,
+    world: &World,
+    update: impl FnOnce(&[&dyn Rows], &[Option<&dyn Sink>]),
+) -> Vec<Vec<Option<Stored>>> {
+    updated(compiled, world, |trainers, targets| {
+        with_ends(compiled, trainers, targets, |rows, sinks| {
+            update(rows, sinks);
+            Ok(())
+        })
+        .expect("they fit");
+    })
 }
 
 /// Memory for a rank's targets; what the update leaves unwritten stays 0xa5.

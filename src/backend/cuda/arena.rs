@@ -22,6 +22,7 @@ pub struct Arena {
     maxima: BTreeMap<(usize, u32), u64>,
     /// By inference rank and target.
     targets: BTreeMap<(u64, u32, Part), u64>,
+    maxima_bytes: u64,
     pub bytes: u64,
 }
 
@@ -30,14 +31,6 @@ impl Arena {
     pub fn of(program: &Program, stages: &[&Graph], seats: &Seats, seat: Seat) -> Arena {
         let mut arena = Arena { seats: seats.count, ..Arena::default() };
         arena.flags = arena.add((stages.len() * seats.count * Flag::ALL.len() * 4) as u64);
-        for (stage, graph) in stages.iter().enumerate() {
-            let words = words_of(graph);
-            for trainer in seats.trainers_on(seat) {
-                let bytes = 4 * words.get(&trainer).copied().unwrap_or(0);
-                let at = arena.add(bytes);
-                arena.maxima.insert((stage, trainer), at);
-            }
-        }
         for rank in seats.ranks_on(seat) {
             let index = (rank.0 % program.ranks.len().max(1) as u64) as usize;
             for (i, target) in (0..).zip(&program.ranks[index].targets) {
@@ -50,6 +43,17 @@ impl Arena {
                 }
             }
         }
+        // Last, for only these change with the expert map.
+        let targets = arena.bytes;
+        for (stage, graph) in stages.iter().enumerate() {
+            let words = words_of(graph);
+            for trainer in seats.trainers_on(seat) {
+                let bytes = 4 * words.get(&trainer).copied().unwrap_or(0);
+                let at = arena.add(bytes);
+                arena.maxima.insert((stage, trainer), at);
+            }
+        }
+        arena.maxima_bytes = arena.bytes - targets;
         arena
     }
 
@@ -57,6 +61,11 @@ impl Arena {
         let at = self.bytes;
         self.bytes = (at + bytes).next_multiple_of(ALIGN);
         at
+    }
+
+    /// Room for the maxima of another expert map, in bytes.
+    pub fn spare(&self) -> u64 {
+        self.maxima_bytes / 4
     }
 
     /// Bytes of all flags, from the arena's start.

@@ -18,20 +18,17 @@ const PIECE: u64 = 64 << 20;
 /// Alignment of each source in its rank's allocation.
 const ALIGN: u64 = 256;
 
-/// Reads what a trainer rank holds into memory of its own.
+/// Takes memory for what a trainer rank holds.
 ///
 /// # Errors
-/// A read that fails; E0605 for too little memory.
-pub fn load(
+/// E0605 for too little memory.
+pub fn place(
     program: &Program,
     trainer: u32,
-    rows: &dyn Rows,
     gpu: &Arc<Gpu>,
-    stream: &Stream,
 ) -> Fallible<(Vec<Option<Tensor>>, Memory)> {
     let held: Vec<Option<Held>> =
         program.sources.iter().map(|s| s.layout.held(trainer)).collect();
-    let bytes_of = |held: &Held, size: u64| local_shape(held).iter().product::<u64>() * size;
     let mut at = 0;
     let mut offsets = Vec::with_capacity(held.len());
     for (source, held) in program.sources.iter().zip(&held) {
@@ -40,13 +37,29 @@ pub fn load(
         at = (at + bytes).next_multiple_of(ALIGN);
     }
     let memory = gpu.alloc(at)?;
-    let mut tensors = Vec::with_capacity(held.len());
-    for (id, (source, held)) in (0..).zip(program.sources.iter().zip(held)) {
-        let Some(held) = held else {
-            tensors.push(None);
+    let sources = program.sources.iter().zip(held).zip(offsets);
+    let tensors = sources.map(|((source, held), offset)| {
+        let (address, size) = (memory.address() + offset, source.dtype.size());
+        held.map(|h| Tensor::shard(address, &source.shape, size, h))
+    });
+    Ok((tensors.collect(), memory))
+}
+
+/// Reads what a trainer rank holds to where it lies.
+///
+/// # Errors
+/// A read that fails; E0605.
+pub fn upload(
+    program: &Program,
+    trainer: u32,
+    rows: &dyn Rows,
+    tensors: &[Option<Tensor>],
+    stream: &Stream,
+) -> Fallible<()> {
+    for (id, (source, tensor)) in (0..).zip(program.sources.iter().zip(tensors)) {
+        let (Some(tensor), Some(held)) = (tensor, source.layout.held(trainer)) else {
             continue;
         };
-        let address = memory.address() + offsets[id as usize];
         let size = source.dtype.size();
         let mut bytes = vec![0; bytes_of(&held, size) as usize];
         let mut filled = 0;
@@ -57,10 +70,13 @@ pub fn load(
             rows.read(Storage::Source(id), strided, &mut bytes[filled..filled + run])?;
             filled += run;
         }
-        stream.upload(address, &bytes)?;
-        tensors.push(Some(Tensor::shard(address, &source.shape, size, held)));
+        stream.upload(tensor.address, &bytes)?;
     }
-    Ok((tensors, memory))
+    Ok(())
+}
+
+fn bytes_of(held: &Held, size: u64) -> u64 {
+    local_shape(held).iter().product::<u64>() * size
 }
 
 /// Runs of neighbouring elements of a whole tensor that a rank holds: first element and count,

@@ -36,22 +36,22 @@ impl Kernels {
         Ok(Kernels([a?, b?, c?]))
     }
 
-    /// Runs a table whose image lies at an address, with at most `most` blocks a kernel. `bad` has
-    /// a word for each unit.
+    /// Runs a table of so many jobs a kernel, whose image lies at an address, with at most `most`
+    /// blocks a kernel. `bad` has a word for each unit.
     ///
     /// # Errors
     /// E0605 from the driver.
     pub fn launch(
         &self,
         stream: &Stream,
-        table: &Table,
+        jobs: [usize; 3],
         at: u64,
         bad: u64,
         most: u32,
     ) -> Fallible<()> {
-        for (kernel, jobs) in table.lists().into_iter().enumerate() {
+        for (kernel, jobs) in jobs.into_iter().enumerate() {
             let args = [Arg::U64(Table::header_at(at, kernel)), Arg::U64(bad)];
-            let (blocks, shared) = (most.min(jobs.len() as u32), KERNELS[kernel].1);
+            let (blocks, shared) = (most.min(jobs as u32), KERNELS[kernel].1);
             stream.launch(&self.0[kernel], blocks, THREADS, shared, &args)?;
         }
         Ok(())

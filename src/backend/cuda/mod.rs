@@ -15,6 +15,7 @@ pub mod jobs;
 pub mod kernels;
 mod land;
 mod library;
+pub mod live;
 mod maxima;
 mod memory;
 mod module;

@@ -8,17 +8,17 @@ use serde::{Deserialize, Serialize};
 
 use super::Fallible;
 use super::driver::{self, Gpu};
-use super::files::{load, store};
+use super::live::{Live, Sides};
 use super::neighbours::{Neighbour, Published};
 use super::packed::Room;
 use super::seats::Seats;
-use super::session::{Path, Session, Setting};
+use super::session::Path;
 use crate::backend::cpu::{Rows, Sink};
 use crate::diag::Diagnostic;
 use crate::error::{Error, Result};
 use crate::graph::{Bounds, Graph};
 use crate::lower::Program;
-use crate::rendezvous::{Hall, Member, World, agree, join};
+use crate::rendezvous::{Member, World, join};
 use crate::topo::RankId;
 
 /// Smallest bucket of the NCCL path, in bytes.
@@ -33,6 +33,7 @@ const PEER_BUCKET: u64 = 1 << 30;
 pub struct Plan {
     pub path: Path,
     pub graphs: Vec<Graph>,
+    pub bounds: Bounds,
     /// The most staging memory that a GPU takes, in bytes.
     pub staging: u64,
 }
@@ -56,14 +57,14 @@ pub struct Options {
 }
 
 /// What an update on GPUs did.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Done {
     /// Units in which something was not finite.
     pub suspects: Vec<u32>,
     pub staging: u64,
-    /// In words, for people: which cards, which path.
+    /// Names of this process' cards.
     pub cards: Vec<String>,
-    pub path: Option<Path>,
+    pub path: Path,
 }
 
 /// What the two ends of an update are.
@@ -139,92 +140,17 @@ pub fn run(
     ends: Ends<'_>,
     options: &Options,
 ) -> Result<Done> {
-    let work = Work { program, digest, schedules, ends, options };
-    let done = match launch {
-        Launch::Here { gpus } => work.here(*gpus),
-        Launch::Process { gpu, member } => work.seat(Arc::clone(gpu), Arc::clone(member)),
-    };
-    done.map_err(Error::of_device)
-}
-
-struct Work<'a> {
-    program: &'a Program,
-    digest: &'a str,
-    schedules: Schedules<'a>,
-    ends: Ends<'a>,
-    options: &'a Options,
-}
-
-impl Work<'_> {
-    /// A thread for each GPU of this process.
-    fn here(&self, all: usize) -> Result<Done> {
-        let ranks = self.ends.rows.len() + self.ends.sinks.len();
-        let count = self.options.gpus.unwrap_or(all).min(all).min(ranks).max(1);
-        let hall = Hall::new(count);
-        let gpus: Fallible<Vec<Arc<Gpu>>> = (0..count).map(Gpu::open).collect();
-        let results: Vec<Result<Done>> = std::thread::scope(|scope| {
-            let threads = gpus?.into_iter().enumerate().map(|(seat, gpu)| {
-                let member = Arc::new(hall.member(seat));
-                scope.spawn(move || self.seat(gpu, member))
-            });
-            let threads: Vec<_> = threads.collect();
-            let join = |t: std::thread::ScopedJoinHandle<'_, _>| {
-                t.join().unwrap_or_else(|_| Err(stopped().into()))
-            };
-            Ok::<_, Error>(threads.into_iter().map(join).collect())
-        })?;
-        first(results)
-    }
-
-    /// One GPU's part.
-    fn seat(&self, gpu: Arc<Gpu>, member: Arc<Member>) -> Result<Done> {
-        let (timeout, rank) = (self.options.timeout, member.rank());
-        let card = format!("{} (driver {})", gpu.name(), version_text());
-        let (program, size) = (self.program, member.size());
-        let (trainers, ranks) = (self.ends.rows.len() as u32, self.ends.sinks.len() as u32);
-        let seats = Seats::even(trainers, ranks, size);
-        let planned = plan(&gpu, &member, &seats, self.schedules, self.options)?;
-        agree(
-            &member,
-            &[("plan digest", self.digest.to_owned()), ("schedule hash", planned.digest())],
-            timeout,
-        )?;
-        let path = planned.path;
-        let gpu_of = Arc::clone(&gpu);
-        let setting = Setting { gpu, member, seats, path, timeout, blocks: None };
-        let graphs: Vec<&Graph> = planned.graphs.iter().collect();
-        let mut session = Session::open(setting, program, &graphs)?;
-        let trainers: Vec<u32> = session.setting().seats.trainers_on(rank).collect();
-        for trainer in trainers {
-            let rows = self.ends.rows[trainer as usize];
-            let loaded = load(program, trainer, rows, &gpu_of, session.control());
-            let (tensors, memory) = self.told(&session, loaded)?;
-            session.bind(trainer, tensors, vec![memory]);
-        }
-        let prepared = session.prepare(program, &graphs);
-        self.told(&session, prepared)?;
-        let suspects = session.update()?;
-        for id in session.setting().seats.ranks_on(rank) {
-            if let Some(sink) = self.ends.sinks.get(id.0 as usize).copied().flatten() {
-                let stored = store(program, id, sink, self.options.derived, &session);
-                self.told(&session, stored)?;
-            }
-        }
-        session.setting().member.barrier("stored", timeout)?;
-        Ok(Done { suspects, staging: planned.staging, cards: vec![card], path: Some(path) })
-    }
-
-    /// Tells the others of a failure.
-    fn told<T>(&self, session: &Session, result: Fallible<T>) -> Fallible<T> {
-        if let Err(problem) = &result {
-            session.setting().member.fail(problem);
-        }
-        result
-    }
+    let sides = Sides { trainers: ends.rows.len() as u32, ranks: ends.sinks.len() as u32 };
+    let mut live = Live::open(launch, program, digest, schedules, ends.rows, sides, options)?;
+    let suspects = live.update()?;
+    live.store(program, ends.sinks, options.derived)?;
+    let (staging, cards) = (live.staging(), live.cards().to_vec());
+    Ok(Done { suspects, staging, cards, path: live.path() })
 }
 
 impl Plan {
-    fn digest(&self) -> String {
+    /// Hash of the schedule, which all must have.
+    pub fn hash(&self) -> String {
         self.graphs.iter().map(|g| format!("{:032x}", g.digest)).collect()
     }
 }
@@ -242,12 +168,14 @@ pub fn plan(
 ) -> Result<Plan> {
     let path = choose(gpu, member, options)?;
     if path == Path::Peer {
-        let bounds = Bounds { staging: u64::MAX, in_flight: 2, bucket: PEER_BUCKET };
-        return Ok(Plan {
-            path,
-            graphs: schedules(bounds).map_err(Error::refused)?,
-            staging: 0,
-        });
+        let all = |bucket| Bounds { staging: u64::MAX, in_flight: 2, bucket };
+        let mut bounds = all(u64::MAX);
+        let mut graphs = schedules(bounds).map_err(Error::refused)?;
+        if graphs.iter().any(|g| seats.passes_on(g)) {
+            bounds = all(PEER_BUCKET);
+            graphs = schedules(bounds).map_err(Error::refused)?;
+        }
+        return Ok(Plan { path, graphs, bounds, staging: 0 });
     }
     let mut bounds = Bounds::for_links(options.staging);
     loop {
@@ -255,7 +183,7 @@ pub fn plan(
         let rooms = graphs.iter().map(|g| Room::of(g, seats));
         let staging = rooms.flatten().map(|r| r.bytes()).max().unwrap_or(0);
         if staging <= options.staging {
-            return Ok(Plan { path, graphs, staging });
+            return Ok(Plan { path, graphs, bounds, staging });
         }
         if bounds.bucket <= LEAST_BUCKET {
             let text = format!(
@@ -296,34 +224,4 @@ fn choose(gpu: &Arc<Gpu>, member: &Member, options: &Options) -> Fallible<Path> 
             .note("--path peer needs GPUs of one machine that reach one another's memory")
             .hint("--path nccl works everywhere")),
     }
-}
-
-/// All results, or the failure that is not an echo of another's.
-fn first(results: Vec<Result<Done>>) -> Result<Done> {
-    let mut all = Done::default();
-    let mut failed: Vec<Error> = Vec::new();
-    for result in results {
-        match result {
-            Ok(done) => {
-                all.cards.extend(done.cards);
-                all.suspects = done.suspects;
-                (all.staging, all.path) = (done.staging, done.path);
-            }
-            Err(problem) => failed.push(problem),
-        }
-    }
-    let echo = |e: &Error| e.diagnostics.iter().all(|d| d.message.contains(" failed: "));
-    failed.sort_by_key(echo);
-    match failed.into_iter().next() {
-        Some(problem) => Err(problem),
-        None => Ok(all),
-    }
-}
-
-fn stopped() -> Diagnostic {
-    Diagnostic::error("E0502", "a GPU's thread stopped at a bug")
-}
-
-fn version_text() -> String {
-    driver::version().map_or_else(|_| "unknown".to_owned(), |(a, b)| format!("CUDA {a}.{b}"))
 }

@@ -1,4 +1,7 @@
-//! One GPU's part of a run: its memory, its captured graphs, and updates under a watchdog.
+//! One GPU's part of a run: its memory and its captured graphs.
+
+mod issue;
+mod update;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,19 +17,14 @@ use super::nccl::{self, Comm};
 use super::neighbours::{Neighbour, Published};
 use super::packed::Room;
 use super::place::Tensor;
-use super::program::{Instruction, Lane, SeatProgram};
+use super::program::{Lane, SeatProgram};
 use super::seats::{Seat, Seats};
+use super::table::Table;
 use crate::diag::Diagnostic;
 use crate::graph::Graph;
 use crate::lower::{Part, Program};
 use crate::rendezvous::Member;
 use crate::topo::RankId;
-
-/// How long a stream may take to end once it has been let go.
-const LET_GO: Duration = Duration::from_secs(5);
-
-/// How long a wait polls without sleeping.
-const AWAKE: Duration = Duration::from_millis(500);
 
 /// How bytes travel between GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,9 +83,29 @@ struct Stage {
     // Dropped before what it uses.
     captured: Option<Captured>,
     program: SeatProgram,
-    tables: Vec<Memory>,
+    tables: Vec<Loaded>,
     events: Vec<Event>,
     scratch: Memory,
+}
+
+/// A table in a GPU's memory.
+struct Loaded {
+    memory: Memory,
+    /// Jobs of each kernel.
+    jobs: [usize; 3],
+}
+
+impl Stage {
+    /// True if another program differs in nothing but what its tables say, and they fit.
+    fn takes(&self, other: &SeatProgram) -> bool {
+        let fits = |(new, old): (&Table, &Loaded)| {
+            let mut jobs = new.lists().map(<[_]>::len).into_iter().zip(old.jobs);
+            new.bytes() <= old.memory.bytes() && jobs.all(|(new, old)| (new == 0) == (old == 0))
+        };
+        other.instructions == self.program.instructions
+            && other.scratch <= self.scratch.bytes()
+            && other.tables.iter().zip(&self.tables).all(fits)
+    }
 }
 
 /// A GPU at work. Fields are dropped in order: graphs before the communicator, that before memory.
@@ -104,7 +122,9 @@ pub struct Session {
     source_memory: Vec<Memory>,
     staging: Vec<Memory>,
     staged: Staging,
+    /// A word for each unit, and one for what is derived, which nobody looks at.
     bad: Memory,
+    units: usize,
     progress: Pinned,
     setting: Setting,
 }
@@ -155,10 +175,11 @@ impl Session {
         let arenas: Vec<Arena> =
             (0..seats.count).map(|seat| Arena::of(program, graphs, seats, seat)).collect();
         let me = setting.member.rank();
-        let own = gpu.alloc_shared(arenas[me].bytes)?;
+        let own = gpu.alloc_shared(arenas[me].bytes + arenas[me].spare())?;
         let lanes: Fallible<Vec<Stream>> = Lane::ALL.iter().map(|_| gpu.stream()).collect();
         let control = gpu.stream()?;
-        let bad = gpu.alloc(4 * (program.units.len() as u64 + 1))?;
+        let units = (program.units.len() as u64 + 1).next_multiple_of(64);
+        let bad = gpu.alloc(4 * units)?;
         let mut session = Session {
             stages: Vec::new(),
             comm: None,
@@ -173,6 +194,7 @@ impl Session {
             staging: Vec::new(),
             staged: Staging::default(),
             bad,
+            units: program.units.len(),
             progress: Pinned::new(gpu, 64)?,
             setting,
         };
@@ -215,17 +237,59 @@ impl Session {
             let stage = self.stage(built)?;
             self.stages.push(stage);
         }
-        if self.comm.is_some() {
-            self.reset()?;
-            for stage in 0..self.stages.len() {
-                self.issue(stage)?;
-            }
-            self.watch(Instant::now() + self.setting.timeout)?;
-        }
+        self.connect(0..self.stages.len())?;
         for stage in 0..self.stages.len() {
             self.capture(stage)?;
         }
         self.setting.member.barrier("prepared", self.setting.timeout)
+    }
+
+    /// Takes the schedule of another expert map: the last stage is built anew. Where it is the
+    /// same but for what its tables say, they are replaced in memory and the graph stays.
+    ///
+    /// # Errors
+    /// E0605 where it needs more memory than was taken; as [`Session::prepare`].
+    pub fn remap(&mut self, program: &Program, graphs: &[&Graph]) -> Fallible<bool> {
+        let Setting { member, seats, timeout, .. } = &self.setting;
+        let (me, number, timeout) = (member.rank(), self.stages.len() - 1, *timeout);
+        let arenas: Vec<Arena> =
+            (0..seats.count).map(|seat| Arena::of(program, graphs, seats, seat)).collect();
+        let units = 4 * (program.units.len() as u64 + 1);
+        if arenas[me].bytes > self.own.bytes() || units > self.bad.bytes() {
+            let text = "the schedule of this expert map needs more memory than was taken";
+            return Err(Diagnostic::error("E0605", text).hint("open the update anew"));
+        }
+        (self.arenas, self.units) = (arenas, program.units.len());
+        let built = self.build(program, graphs[number], number, graphs.len())?;
+        let fits = self.stages[number].takes(&built);
+        let all = self.setting.member.share("remap", &fits, timeout)?;
+        if all.into_iter().all(|fits| fits) {
+            let stage = &mut self.stages[number];
+            let scratch = stage.scratch.address();
+            for (mut table, old) in built.tables.into_iter().zip(&mut stage.tables) {
+                table.bind_scratch(scratch);
+                let at = old.memory.address();
+                self.control.upload(at, &table.image(at))?;
+                old.jobs = table.lists().map(<[_]>::len);
+            }
+            return Ok(false);
+        }
+        self.stages[number] = self.stage(built)?;
+        self.connect(number..number + 1)?;
+        self.capture(number)?;
+        self.setting.member.barrier("remapped", timeout)?;
+        Ok(true)
+    }
+
+    /// Runs what uses NCCL once, for its connections are made in the first use.
+    fn connect(&self, mut stages: std::ops::Range<usize>) -> Fallible<()> {
+        if self.comm.is_none() {
+            return Ok(());
+        }
+        self.reset()?;
+        self.setting.member.barrier("connect", self.setting.timeout)?;
+        stages.try_for_each(|stage| self.issue(stage))?;
+        self.watch(Instant::now() + self.setting.timeout)
     }
 
     fn take_staging(&mut self, program: &Program, graphs: &[&Graph]) -> Fallible<()> {
@@ -281,132 +345,17 @@ impl Session {
         let gpu = &self.setting.gpu;
         let scratch = gpu.alloc(program.scratch)?;
         let mut tables = Vec::with_capacity(program.tables.len());
-        for table in &mut program.tables {
+        for mut table in program.tables.drain(..) {
             table.bind_scratch(scratch.address());
-            let memory = gpu.alloc(table.bytes())?;
+            // Room for the table of another expert map.
+            let memory = gpu.alloc(table.bytes() + table.bytes() / 8)?;
             self.control.upload(memory.address(), &table.image(memory.address()))?;
-            tables.push(memory);
+            tables.push(Loaded { memory, jobs: table.lists().map(<[_]>::len) });
         }
         let events: Fallible<Vec<Event>> =
             (0..program.events + 2 * Lane::ALL.len()).map(|_| gpu.event(false)).collect();
         let events = events?;
         Ok(Stage { captured: None, program, tables, events, scratch })
-    }
-
-    fn capture(&mut self, stage: usize) -> Fallible<()> {
-        self.lane(Lane::Make).begin_capture()?;
-        if let Err(problem) = self.issue(stage) {
-            self.lane(Lane::Make).cancel_capture();
-            return Err(problem);
-        }
-        let mut captured = self.lane(Lane::Make).end_capture()?;
-        if let Some(comm) = &self.comm {
-            captured.keep(Arc::clone(comm));
-        }
-        captured.upload(self.lane(Lane::Make))?;
-        self.lane(Lane::Make).synchronize()?;
-        self.stages[stage].captured = Some(captured);
-        Ok(())
-    }
-
-    fn lane(&self, lane: Lane) -> &Stream {
-        &self.lanes[lane as usize]
-    }
-
-    /// Puts a stage's instructions into the lanes: forked from the first, and joined to it.
-    fn issue(&self, number: usize) -> Fallible<()> {
-        let stage = &self.stages[number];
-        let extra = &stage.events[stage.program.events..];
-        let make = self.lane(Lane::Make);
-        make.record(&extra[0])?;
-        for lane in [Lane::Move, Lane::Store] {
-            self.lane(lane).wait(&extra[0])?;
-        }
-        let mut group = Vec::new();
-        for instruction in &stage.program.instructions {
-            self.step(number, instruction, &mut group)?;
-        }
-        for (lane, event) in [Lane::Move, Lane::Store].into_iter().zip(&extra[1..]) {
-            self.lane(lane).record(event)?;
-            make.wait(event)?;
-        }
-        Ok(())
-    }
-
-    fn step(
-        &self,
-        number: usize,
-        instruction: &Instruction,
-        group: &mut Vec<Instruction>,
-    ) -> Fallible<()> {
-        let stage = &self.stages[number];
-        match *instruction {
-            Instruction::Launch { lane, table } => self.launch(stage, lane, table),
-            Instruction::Clear { lane, address, bytes } => {
-                self.lane(lane).fill(address, 0, bytes)
-            }
-            Instruction::GroupStart => {
-                group.clear();
-                Ok(())
-            }
-            Instruction::Send { .. } | Instruction::Receive { .. } => {
-                group.push(*instruction);
-                Ok(())
-            }
-            Instruction::GroupEnd => self.messages(group),
-            Instruction::Record { lane, event } => self.lane(lane).record(&stage.events[event]),
-            Instruction::Wait { lane, event } => self.lane(lane).wait(&stage.events[event]),
-            Instruction::Signal { lane, to, flag, value } => {
-                let at = self.arenas[to].flag(number, self.setting.member.rank(), flag);
-                self.lane(lane).write_flag(self.base(to)? + at, value)
-            }
-            Instruction::Await { lane, from, flag, value } => {
-                let me = self.setting.member.rank();
-                let at = self.arenas[me].flag(number, from, flag);
-                self.lane(lane).wait_flag(self.own.address() + at, value)
-            }
-            Instruction::Step { number: step } => {
-                let at = self.progress.device_address() + 4 * number as u64;
-                match self.setting.seats.count {
-                    1 => Ok(()),
-                    _ => self.lane(Lane::Make).write_flag(at, step + 1),
-                }
-            }
-        }
-    }
-
-    fn launch(&self, stage: &Stage, lane: Lane, table: usize) -> Fallible<()> {
-        let (tables, at) = (&stage.program.tables[table], stage.tables[table].address());
-        let blocks = self.setting.blocks.unwrap_or(match &self.comm {
-            Some(_) => Blocks::BESIDE_NCCL,
-            None => Blocks::ALL,
-        });
-        let most = if lane == Lane::Make { blocks.make } else { blocks.store };
-        self.kernels.launch(self.lane(lane), tables, at, self.bad.address(), most)
-    }
-
-    fn messages(&self, group: &[Instruction]) -> Fallible<()> {
-        if group.is_empty() {
-            return Ok(());
-        }
-        let Some(comm) = &self.comm else {
-            return Err(Diagnostic::error("E0502", "a message, and no communicator"));
-        };
-        let stream = self.lane(Lane::Move);
-        comm.group(Instant::now() + self.setting.timeout, |open| {
-            for message in group {
-                match *message {
-                    Instruction::Send { to, address, bytes } => {
-                        open.send(address, bytes, to, stream)?;
-                    }
-                    Instruction::Receive { from, address, bytes } => {
-                        open.recv(address, bytes, from, stream)?;
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
-        })
     }
 
     /// The start of a GPU's arena as this one sees it.
@@ -420,102 +369,6 @@ impl Session {
         }
     }
 
-    /// Clears what an update reports and waits for.
-    fn reset(&self) -> Fallible<()> {
-        let flags = self.arenas[self.setting.member.rank()].flag_bytes(self.stages.len());
-        self.control.fill(self.own.address(), 0, flags)?;
-        self.control.fill(self.bad.address(), 0, self.bad.bytes())?;
-        self.control.synchronize()?;
-        for word in 0..self.progress.slice().len() / 4 {
-            self.progress.write_u32(word, 0);
-        }
-        Ok(())
-    }
-
-    /// Runs one update. Gives the units in which something was not finite.
-    ///
-    /// # Errors
-    /// E0604 naming the GPU and the step that did not come in time, or another GPU's failure;
-    /// E0605 for an error of the device. Receivers are then part old, part new.
-    pub fn update(&self) -> Fallible<Vec<u32>> {
-        Ok(self.update_timed()?.suspects)
-    }
-
-    /// The same, with times.
-    ///
-    /// # Errors
-    /// As [`Session::update`].
-    pub fn update_timed(&self) -> Fallible<Updated> {
-        let Setting { member, timeout, .. } = &self.setting;
-        let done = self.run();
-        if let Err(problem) = &done {
-            member.fail(problem);
-        }
-        let launch = done?;
-        let mut words = vec![0u8; self.bad.bytes() as usize];
-        self.control.download(self.bad.address(), &mut words)?;
-        let words: &[u32] = bytemuck::cast_slice(&words);
-        let units = words.len() - 1;
-        let bad = (0..).zip(&words[..units]).filter(|(_, word)| **word != 0);
-        let bad: Vec<u32> = bad.map(|(unit, _)| unit).collect();
-        let mut all: Vec<u32> = match self.setting.seats.count {
-            1 => bad,
-            _ => member.share("done", &bad, *timeout)?.into_iter().flatten().collect(),
-        };
-        all.sort_unstable();
-        all.dedup();
-        Ok(Updated { suspects: all, launch })
-    }
-
-    /// Gives the time that the launches took.
-    fn run(&self) -> Fallible<Duration> {
-        self.reset()?;
-        if self.setting.seats.count > 1 {
-            self.setting.member.barrier("ready", self.setting.timeout)?;
-        }
-        let started = Instant::now();
-        for stage in &self.stages {
-            if let Some(captured) = &stage.captured {
-                captured.launch(self.lane(Lane::Make))?;
-            }
-        }
-        let launch = started.elapsed();
-        self.watch(Instant::now() + self.setting.timeout)?;
-        Ok(launch)
-    }
-
-    /// One update by graphs that are not captured, on the NCCL path: what fusing saves.
-    ///
-    /// # Errors
-    /// As [`Session::update`].
-    pub(super) fn unfused(
-        &mut self,
-        program: &Program,
-        graphs: &[Graph],
-    ) -> Fallible<Duration> {
-        let before = self.stages.len();
-        if self.comm.is_none() {
-            self.comm = Some(join(&self.setting)?);
-        }
-        self.setting.path = Path::Nccl;
-        self.take_staging(program, &graphs.iter().collect::<Vec<_>>())?;
-        for (stage, graph) in graphs.iter().enumerate() {
-            let built = self.build(program, graph, stage, graphs.len())?;
-            let stage = self.stage(built)?;
-            self.stages.push(stage);
-        }
-        let mut took = Duration::ZERO;
-        // The first round makes NCCL's connections.
-        for _ in 0..2 {
-            self.setting.member.barrier("tensor by tensor", self.setting.timeout)?;
-            let started = Instant::now();
-            (before..self.stages.len()).try_for_each(|stage| self.issue(stage))?;
-            self.watch(started + self.setting.timeout)?;
-            took = started.elapsed();
-        }
-        Ok(took)
-    }
-
     /// The shards of a trainer rank here, by source.
     pub(super) fn sources(&self, trainer: u32) -> &[Option<Tensor>] {
         self.sources.get(&trainer).map_or(&[], Vec::as_slice)
@@ -524,9 +377,10 @@ impl Session {
     /// Bytes beside the weights.
     pub fn memory(&self) -> Beside {
         let sum = |memory: &[Memory]| memory.iter().map(Memory::bytes).sum::<u64>();
+        let tables = self.stages.iter().flat_map(|s| &s.tables);
         Beside {
             staging: sum(&self.staging),
-            tables: self.stages.iter().map(|s| sum(&s.tables)).sum(),
+            tables: tables.map(|t| t.memory.bytes()).sum(),
             scratch: self.stages.iter().map(|s| s.scratch.bytes()).sum(),
         }
     }
@@ -538,118 +392,6 @@ impl Session {
 
     pub(super) fn arena_memory(&self) -> &Memory {
         &self.own
-    }
-
-    /// Waits for all lanes, at most until a time or until another GPU fails.
-    fn watch(&self, deadline: Instant) -> Fallible<()> {
-        let waited = Instant::now();
-        loop {
-            let done = self
-                .lanes
-                .iter()
-                .try_fold(true, |all, lane| Ok::<bool, Diagnostic>(all && lane.finished()?))?;
-            if done {
-                return Ok(());
-            }
-            if let Some(failure) = self.setting.member.failure() {
-                self.let_go();
-                return Err(failure);
-            }
-            if let Some(comm) = &self.comm
-                && let Err(problem) = comm.async_error()
-            {
-                self.let_go();
-                return Err(problem);
-            }
-            if Instant::now() > deadline {
-                let problem = self.late();
-                self.let_go();
-                return Err(problem);
-            }
-            // Awake while an update usually lasts: a thread that has slept launches slowly.
-            match waited.elapsed() < AWAKE {
-                true => std::thread::yield_now(),
-                false => std::thread::sleep(Duration::from_micros(200)),
-            }
-        }
-    }
-
-    /// Who is waited for, and in which step.
-    fn late(&self) -> Diagnostic {
-        let step =
-            (0..self.stages.len()).map(|s| self.progress.read_u32(s)).collect::<Vec<_>>();
-        let stage = step.iter().rposition(|s| *s > 0).unwrap_or(0);
-        let now = step.get(stage).copied().unwrap_or(0).saturating_sub(1);
-        let mut at = 0;
-        let mut from: Vec<Seat> = Vec::new();
-        for instruction in self.stages.get(stage).map_or(&[][..], |s| &s.program.instructions) {
-            match instruction {
-                Instruction::Step { number } => at = *number,
-                Instruction::Await { from: seat, .. }
-                | Instruction::Receive { from: seat, .. }
-                    if at >= now =>
-                {
-                    from.push(*seat);
-                }
-                Instruction::Send { to, .. } if at >= now => from.push(*to),
-                _ => {}
-            }
-        }
-        from.sort_unstable();
-        from.dedup();
-        let names: Vec<String> = from.iter().map(|s| self.name(*s)).collect();
-        let who = if names.is_empty() { "the GPU".to_owned() } else { names.join(", ") };
-        let seconds = self.setting.timeout.as_secs_f64();
-        Diagnostic::error("E0604", format!("{who} did not do step {now} within {seconds} s"))
-            .note(format!("{} waited", self.name(self.setting.member.rank())))
-            .hint("--timeout sets the limit of every wait")
-    }
-
-    /// A GPU and the ranks on it.
-    fn name(&self, seat: Seat) -> String {
-        let seats = &self.setting.seats;
-        let trainers: Vec<u32> = seats.trainers_on(seat).collect();
-        let ranks: Vec<u64> = seats.ranks_on(seat).map(|r| r.0).collect();
-        format!("GPU {seat} (trainer ranks {trainers:?}, inference ranks {ranks:?})")
-    }
-
-    /// Ends all waits of this GPU's streams: flags are raised, the communicator is given up.
-    fn let_go(&self) {
-        if let Some(comm) = &self.comm {
-            comm.abort();
-        }
-        let flags = self.arenas[self.setting.member.rank()].flag_bytes(self.stages.len());
-        // A failure here changes nothing: the update has failed already.
-        let _ = self.control.fill(self.own.address(), 0x7f, flags);
-        let _ = self.control.synchronize();
-        let deadline = Instant::now() + LET_GO;
-        while Instant::now() < deadline
-            && self.lanes.iter().any(|lane| lane.finished().is_ok_and(|done| !done))
-        {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// After a failed update: meets the others again, so that the next one can run.
-    ///
-    /// # Errors
-    /// E0604 for a GPU that does not come.
-    pub fn retry(&mut self) -> Fallible<()> {
-        self.setting.member.retry(self.setting.timeout)?;
-        if self.comm.is_none() {
-            return Ok(());
-        }
-        for stage in &mut self.stages {
-            stage.captured = None;
-        }
-        self.comm = None;
-        self.comm = Some(join(&self.setting)?);
-        self.reset()?;
-        for stage in 0..self.stages.len() {
-            self.issue(stage)?;
-        }
-        self.watch(Instant::now() + self.setting.timeout)?;
-        (0..self.stages.len()).try_for_each(|stage| self.capture(stage))
     }
 
     /// Address of a target that lies on this GPU.
@@ -666,7 +408,7 @@ impl Session {
     }
 }
 
-pub(super) fn join(setting: &Setting) -> Fallible<Arc<Comm>> {
+pub(in crate::backend::cuda) fn join(setting: &Setting) -> Fallible<Arc<Comm>> {
     let nccl = nccl::load()?;
     let Setting { gpu, member, timeout, .. } = setting;
     let id = if member.rank() == 0 { nccl.unique_id()?.to_vec() } else { Vec::new() };
