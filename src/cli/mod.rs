@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::backend::cuda::nccl::without_graph_mixing;
 use crate::diag::{Diagnostic, Format, SourceMap, render, summary};
 use crate::error::{Error, ErrorKind};
 
@@ -50,6 +51,7 @@ impl From<crate::compile::CompileError> for Failure {
 
 /// Parses the command line and runs it; the exit status says how it ended.
 pub fn main() -> ExitCode {
+    without_graph_mixing();
     let args = Args::parse();
     let json = args.command.json();
     if !json {

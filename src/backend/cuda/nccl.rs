@@ -69,6 +69,19 @@ pub struct Nccl {
     library: Found,
 }
 
+/// Asks NCCL not to guard against graphs and other calls of one communicator that run at a time:
+/// here they never do, and without the guard a step of 128 MiB is a fifth faster (H100 x 2, NCCL
+/// 2.28). A setting of the user's stays.
+///
+/// To be called first in a process, for the environment is not safe to change beside threads.
+pub fn without_graph_mixing() {
+    const SETTING: &str = "NCCL_GRAPH_MIXING_SUPPORT";
+    if std::env::var_os(SETTING).is_none() {
+        // SAFETY: no other thread exists yet; that is the caller's promise.
+        unsafe { std::env::set_var(SETTING, "0") };
+    }
+}
+
 /// Finds NCCL, once a process: where [`VARIABLE`] says, else the one that PyTorch loaded into
 /// this process or the loader finds, else in the packages of Python.
 ///
