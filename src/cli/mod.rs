@@ -8,6 +8,7 @@ mod human;
 mod inputs;
 mod run;
 mod shape_table;
+mod signals;
 mod simulate;
 mod verify;
 
@@ -50,6 +51,7 @@ impl From<crate::compile::CompileError> for Failure {
 /// Parses the command line and runs it; the exit status says how it ended.
 pub fn main() -> ExitCode {
     let args = Args::parse();
+    signals::report_large_files();
     let json = args.command.json();
     if !json {
         show_prints();

@@ -1,0 +1,130 @@
+//! Plans that are written to hurt: each is refused in bounded time and memory, with the limit that
+//! it met, and says so in a few lines.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use kernelcast::diag::{Format, render};
+
+use support::Setup;
+
+/// What is said of a plan that must not compile.
+fn refused(text: &str) -> String {
+    let started = Instant::now();
+    let Err(e) = Setup::new("hostile.rhai", text).compile() else { panic!("accepted: {text}") };
+    let said = render(&e.error.diagnostics, &e.files, Format::Text { color: false });
+    // Far above what any of them takes, far below what they ask for.
+    assert!(started.elapsed() < Duration::from_secs(60), "{text}");
+    assert!(said.len() < 100_000, "{} bytes of report for {text}", said.len());
+    said
+}
+
+fn check(code: &str, text: &str) {
+    let said = refused(text);
+    assert!(said.contains(&format!("error[{code}]")), "{text}\n{said}");
+}
+
+#[test]
+fn moves_that_split_into_elements() {
+    let turned = "let x = at(\"\").src(\"w\", [1024, 1024]);
+        for i in 0..12 { x = cat([x, x], i % 2).reshape([1024, -1]).permute([1, 0]); }
+        at(\"\")[\"w\"] = x;";
+    check("E0105", turned);
+    let large = "at(\"\")[\"w\"] = at(\"\").src(\"w\", [100000, 100000]).permute([1, 0])
+        .reshape([50000, 200000]).permute([1, 0]).reshape([-1]);";
+    check("E0105", large);
+    let sum = "let a = at(\"\").src(\"a\", [30000, 20000]).permute([1, 0]).reshape([-1]);
+        at(\"\")[\"w\"] = a + a;";
+    check("E0105", sum);
+}
+
+#[test]
+fn values_that_grow() {
+    for grow in [
+        "let s = \"a\"; for i in 0..60 { s += s; }",
+        "let s = \"a\"; for i in 0..60 { s = `${s}${s}`; }",
+        "let s = \"\"; s.pad(1000000000000, \"x\");",
+        "let s = [1]; for i in 0..60 { s += s; }",
+        "let s = [1]; for i in 0..60 { s = [s, s]; }",
+        "let s = #{}; for i in 0..60 { s = #{ a: s, b: s }; }",
+        "let s = []; s.pad(1000000000000, 1);",
+        "stack(-9223372036854775807..9223372036854775807, |i| i);",
+        "fn f() { f() } f();",
+        "let f = |g| g.call(g); f.call(f);",
+        "loop { }",
+        "for i in 0..100000 { keep(`a${i}`); }",
+        "for i in 0..100000 { option(`a${i}`, 1); }",
+        "let x = at(\"\").src(\"w\", [4]); for i in 0..60 { x = x + x; }",
+        "let x = at(\"\").src(\"w\", [4]); for i in 0..9000 { x = x * 1.5; }",
+    ] {
+        check("E0105", grow);
+    }
+    // A function curried with itself doubles; nothing would count it.
+    check("E0101", "let f = |x| x; for i in 0..3000 { f = f.curry(f); }");
+    check("E0112", "let f = |x| x; curry(f, f);");
+    check("E0112", "eval(\"1\")");
+}
+
+#[test]
+fn sizes_that_overflow() {
+    let most = i64::MAX;
+    for size in [
+        format!("at(\"\").copy(\"w\", [{most}, 2]);"),
+        format!("at(\"\").copy(\"w\", [{most}]);"),
+        format!("let w = at(\"\").src(\"w\", [3]).pad_to(0, {most});"),
+        format!("let w = at(\"\").src(\"w\", [{}]); cat([w, w]);", most / 2),
+        format!("let w = at(\"\").src(\"w\", [{}]); stack(0..9, |i| w);", most / 4),
+        "at(\"\").copy(\"w\", [0]);".to_owned(),
+        "at(\"\").copy(\"w\", [-1]);".to_owned(),
+        format!("at(\"\").src(\"w\", [4]).heads(tp, {});", i64::MIN),
+    ] {
+        check("E0209", &size);
+    }
+    check("E0203", &format!("at(\"\").src(\"w\", [3]).slice(0, 0..={most});"));
+    check("E0203", &format!("at(\"\").src(\"w\", [3]).slice(0, {}..2);", i64::MIN));
+    check("E0204", &format!("at(\"\").src(\"w\", [4]).reshape([{most}, {most}]);"));
+    check("E0204", "at(\"\").src(\"w\", [4]).reshape([-1, 0]);");
+    check("E0204", &format!("at(\"\").src(\"w\", [4]).reshape([{}]);", i64::MIN));
+    check("E0202", &format!("at(\"\").src(\"w\", [4]).shard({most}, tp);"));
+    check("E0202", "at(\"\").src(\"w\", [4]).permute([0, 0]);");
+    check("E0302", &format!("at(\"\").src(\"w\", [4]).heads(tp, {most});"));
+    check("E0111", &format!("at(\"\").copy(\"w\", [{most} * 2]);"));
+    check("E0307", &format!("infer(#{{ tp: {most}, dp: {most} }});"));
+    check("E0307", "infer(#{ tp: -1 });");
+}
+
+#[test]
+fn names_that_are_paths_or_have_no_end() {
+    check("E0110", "at(\"../../etc\").copy(\"passwd\", [1]);");
+    check("E0110", "at(\"\").copy(\"\", [1]);");
+    check("E0110", "at(\".\").copy(\"w\", [1]);");
+    let long = "let s = \"a\"; for i in 0..15 { s += s; }";
+    check("E0110", &format!("{long} at(s).copy(\"w\", [1]);"));
+    check("E0110", &format!("{long} keep(s);"));
+    check("E0110", &format!("{long} option(s, 1);"));
+    check("E0110", "keep(\"re:(a{100}){100}\");");
+    // Said in full once, a message may not be a book.
+    let said =
+        refused(&format!("{long} for i in 0..1000 {{ require(false, `${{i}}${{s}}`); }}"));
+    assert!(said.contains("error[E0108]"));
+    for path in ["../x", "/etc/passwd", "lib/../../x", "lib//mla", "a b", "", "lib/mla.rhai/"] {
+        check("E0106", &format!("import \"{path}\" as x;"));
+    }
+}
+
+#[test]
+fn patterns_end_quickly() {
+    let stars = "*".repeat(500);
+    let text = format!("drop(\"{}a\", optional); at(\"\").copy(\"w\", [1]);", "*a".repeat(400));
+    let mut setup = Setup::new("hostile.rhai", &text);
+    let mut tensors = support::Tensors::default();
+    tensors.add("w BF16 [1]");
+    tensors.add(&format!("{} BF16 [1]", "a".repeat(900)));
+    setup.tensors = Some(tensors);
+    let started = Instant::now();
+    assert!(setup.compile().is_ok());
+    setup.text = format!("drop(\"{stars}\"); drop(\"re:(.*)*b\", optional);");
+    assert!(setup.compile().is_ok());
+    assert!(started.elapsed() < Duration::from_secs(10));
+}
