@@ -6,6 +6,9 @@ mod support;
 use std::time::{Duration, Instant};
 
 use kernelcast::diag::{Format, render};
+use kernelcast::exec::Schedule;
+use kernelcast::graph::{self, Bounds};
+use kernelcast::topo::Cluster;
 
 use support::Setup;
 
@@ -127,4 +130,41 @@ fn patterns_end_quickly() {
     setup.text = format!("drop(\"{stars}\"); drop(\"re:(.*)*b\", optional);");
     assert!(setup.compile().is_ok());
     assert!(started.elapsed() < Duration::from_secs(10));
+}
+
+/// What a plan's schedule is refused with.
+fn unscheduled(text: &str, infer: &str, train: &str) -> String {
+    let mut setup = Setup::new("hostile.rhai", text);
+    (setup.infer, setup.train) = (Some(infer.to_owned()), Some(train.to_owned()));
+    let compiled = match setup.compile() {
+        Ok(compiled) => compiled,
+        Err(e) => return e.error.diagnostics[0].code.to_owned(),
+    };
+    let cluster = Cluster::default();
+    let bounds = Bounds::with_staging(64 << 20);
+    match Schedule::of(&compiled, &graph::Setup::for_threads(1, &cluster, bounds)) {
+        Ok(schedule) => format!("{} buckets", schedule.joined().buckets.len()),
+        Err(e) => e.diagnostics[0].code.to_owned(),
+    }
+}
+
+#[test]
+fn updates_beyond_any_machine() {
+    let exabytes = "at(\"\").copy(\"w\", [1152921504606846975]);";
+    assert_eq!(unscheduled(exabytes, "tp=1", "fsdp=1"), "E0209");
+    let matrix = "at(\"\")[\"w\"] = at(\"\").src(\"w\", [1073741824, 536870912])
+        .shard(1, tp).quantize(fp8::vllm);";
+    assert_eq!(unscheduled(matrix, "tp=8", "fsdp=8"), "E0209");
+    // Each fits 63 bits, their sum does not.
+    let many = "for i in 0..64 { at(\"\").copy(`w${i}`, [1152921504606846975]); }";
+    assert_eq!(unscheduled(many, "tp=1", "fsdp=1"), "E0209");
+    let replicas = "at(\"\").copy(\"w\", [4398046511104]);";
+    assert_eq!(unscheduled(replicas, "replicas=1048576", "fsdp=1"), "E0209");
+}
+
+#[test]
+fn as_many_cuts_as_rows() {
+    let text = "at(\"\")[\"w\"] = at(\"\").src(\"w\", [65536, 128]).quantize(fp8::vllm);";
+    let found = unscheduled(text, "tp=1", "fsdp=65536");
+    assert!(found.ends_with("buckets"), "{found}");
 }

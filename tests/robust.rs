@@ -16,6 +16,10 @@ fn text(out: &Output) -> String {
     String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
+fn chmod(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name());
     let mut names: Vec<String> = entries.map(|n| n.into_string().unwrap()).collect();
@@ -228,17 +232,16 @@ fn inputs_that_cannot_be_read_are_named() {
     // A folder that may not be searched; root may.
     let closed = tempdir().unwrap();
     fs::write(closed.path().join("f"), "").unwrap();
-    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0)).unwrap();
+    chmod(closed.path(), 0);
     if File::open(closed.path().join("f")).is_ok() {
         eprintln!("skipped: permissions do not bind this user");
     } else {
         let said = refused(|model| {
-            let path = model.path("model/model.safetensors");
-            fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+            chmod(&model.path("model/model.safetensors"), 0);
         });
         assert!(said.contains("E0601") && said.contains("who may read"), "{said}");
     }
-    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    chmod(closed.path(), 0o700);
 }
 
 #[test]
