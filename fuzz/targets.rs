@@ -97,7 +97,10 @@ fn ended(result: std::result::Result<Compiled, CompileError>) -> Option<Compiled
         Ok(compiled) => {
             let cluster = Cluster::default();
             let setup = Setup::for_threads(1, &cluster, Bounds::with_staging(1 << 20));
-            drop(Schedule::of(&compiled, &setup));
+            // A large one is only slow.
+            if compiled.program.source_bytes() < 1 << 30 {
+                drop(Schedule::of(&compiled, &setup));
+            }
             Some(compiled)
         }
         Err(e) => {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kernelcast::diag::{Format, render};
 use kernelcast::exec::Schedule;
 use kernelcast::graph::{self, Bounds};
-use kernelcast::topo::Cluster;
+use kernelcast::topo::{Cluster, InferMesh, TrainMesh};
 
 use support::Setup;
 
@@ -167,4 +167,15 @@ fn as_many_cuts_as_rows() {
     let text = "at(\"\")[\"w\"] = at(\"\").src(\"w\", [65536, 128]).quantize(fp8::vllm);";
     let found = unscheduled(text, "tp=1", "fsdp=65536");
     assert!(found.ends_with("buckets"), "{found}");
+}
+
+#[test]
+fn meshes_of_a_manifest_are_meshes() {
+    let infer = |text: &str| serde_json::from_str::<InferMesh>(text).map_err(|e| e.to_string());
+    assert_eq!(infer(r#"{"tp": 2, "ep": 2}"#), Ok(InferMesh::parse("tp=2,ep=2").unwrap()));
+    assert!(infer(r#"{"tp": 1, "dp": 0}"#).unwrap_err().contains("axis dp is 0"));
+    assert!(infer(r#"{"tp": 4294967296, "dp": 4294967296}"#).is_err());
+    let train = |text: &str| serde_json::from_str::<TrainMesh>(text).map_err(|e| e.to_string());
+    assert_eq!(train(r#"{"fsdp": 4, "ep": 2}"#), Ok(TrainMesh::parse("fsdp=4,ep=2").unwrap()));
+    assert!(train(r#"{"fsdp": 0}"#).is_err() && train(r#"{"fsdp": 3, "ep": 2}"#).is_err());
 }

@@ -104,7 +104,7 @@ pub fn build(
 }
 
 /// Most slices of one update, which are all kept in memory.
-const MOST_SLICES: u64 = 1 << 25;
+const MOST_SLICES: u64 = 1 << 24;
 
 /// Refuses sizes that are a slip of the plan before the memory for their slices runs out.
 fn few_slices(
