@@ -34,6 +34,7 @@ fn main() {
         timeout: Duration::from_secs(60),
         staging: DEFAULT_STAGING,
         force: false,
+        stop: Default::default(),
     };
     let (mut runs, mut copies) = (Vec::new(), Vec::new());
     let mut written = 0;

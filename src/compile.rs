@@ -27,6 +27,9 @@ use coverage::{empty_drops, unused_sources};
 use front::{Front, FrontError};
 use lowering::Lowering;
 
+/// Most bytes of an update over all ranks and sources: sums of them and their parts then fit.
+const MOST_BYTES: u64 = 1 << 62;
+
 /// The model side of a compilation: its config, and what its files hold.
 pub struct ModelInput {
     pub config: Value,
@@ -119,6 +122,9 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
     let trainers = work.trainers();
     let program =
         Program { sources: work.sources, ranks: work.ranks, units: work.units, trainers };
+    if let Some(d) = uncountable(&program, front.mesh.replicas) {
+        return Err(CompileError { error: Error::refused(vec![d]), files });
+    }
     let apart = if trainers > 1 { unmakeable(&program) } else { Vec::new() };
     if !apart.is_empty() {
         let late =
@@ -143,6 +149,24 @@ pub fn compile(inputs: CompileInputs<'_>) -> std::result::Result<Compiled, Compi
         notes,
         digest,
     })
+}
+
+/// Refuses an update whose bytes, over all ranks, no counter holds.
+fn uncountable(program: &Program, replicas: u64) -> Option<Diagnostic> {
+    let storages = program
+        .ranks
+        .iter()
+        .flat_map(|r| &r.targets)
+        .flat_map(|t| t.storages.iter().map(|s| (s.bytes().max(s.span()), t.span)));
+    let mut all = program.sources.iter().fold(0u64, |all, s| all.saturating_add(s.bytes()));
+    for (bytes, span) in storages {
+        all = all.saturating_add(bytes.saturating_mul(replicas));
+        if all > MOST_BYTES {
+            let d = Diagnostic::error("E0209", "an update of more bytes than fit 62 bits");
+            return Some(d.at(span).label("here the sum of all ranks passes them"));
+        }
+    }
+    None
 }
 
 /// Digest of the plan files' texts, options, topology and the whole program. Where the files lie

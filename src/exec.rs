@@ -7,6 +7,7 @@ mod schedule;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use crate::backend::cpu::{self, Fenced, FiniteCheck, NonFinite, Rows, Sink};
@@ -22,7 +23,7 @@ use crate::lower::RankProgram;
 use crate::rendezvous::Member;
 use crate::topo::{Cluster, RankId};
 
-use files::{FileRows, FileSink};
+use files::{FileRows, FileSink, Stop};
 use manifest::{manifest, ranks_of};
 
 pub use crate::backend::cuda::session::Path as GpuPath;
@@ -53,6 +54,8 @@ pub struct RunOptions {
     pub staging: u64,
     /// Replace an earlier run's output.
     pub force: bool,
+    /// Set by the host program to end the run at its next read or write.
+    pub stop: Arc<AtomicBool>,
 }
 
 /// What a file run did.
@@ -76,7 +79,7 @@ pub struct RunSummary {
 ///
 /// # Errors
 /// E0603 for an output folder that cannot be used, E0602 for non-finite weights, E0601 and
-/// E0414 for reads and writes that fail; E0604 and E0605 for GPUs and other processes. On every
+/// E0414 for reads and writes that fail, E0608 for one that was asked to stop; E0604 and E0605 for GPUs and other processes. On every
 /// error the output is absent or unchanged.
 pub fn run_to_files(
     compiled: &Compiled,
@@ -112,6 +115,10 @@ struct Ran {
 }
 
 impl FileRun<'_> {
+    fn stop(&self) -> Stop {
+        Stop(Arc::clone(&self.options.stop))
+    }
+
     /// This process among several.
     fn member(&self) -> Option<&Arc<Member>> {
         match &self.options.engine {
@@ -130,10 +137,11 @@ impl FileRun<'_> {
         // The files are replica 0's: the others would hold the same.
         let own = self.ranks().into_iter().map(|id| &program.ranks[id.0 as usize]);
         let sinks: Result<Vec<FileSink>> =
-            own.map(|rank| FileSink::create(&staging, compiled, rank)).collect();
+            own.map(|rank| FileSink::create(&staging, compiled, rank, self.stop())).collect();
         let sinks = sinks?;
         let ran = self.run(&sinks)?;
         let ranks = self.gathered("files", ranks_of(compiled, &sinks)?)?;
+        self.stop().check()?;
         let params = ranks.iter().map(|r| r.tensors.len() as u64).sum();
         if let Some(output) = output {
             output.publish(&manifest(compiled, recorded, ranks, &ran.non_finite)?)?;
@@ -181,7 +189,7 @@ impl FileRun<'_> {
 
     fn run(&self, sinks: &[FileSink]) -> Result<Ran> {
         let program = &self.compiled.program;
-        let files = FileRows::bind(program, self.checkpoint)?;
+        let files = FileRows::bind(program, self.checkpoint, self.stop())?;
         let fenced = (0..program.trainers).map(|rank| Fenced { program, rank, rows: &files });
         let fenced: Vec<Fenced<'_>> = fenced.collect();
         let rows: Vec<&dyn Rows> = fenced.iter().map(|r| r as &dyn Rows).collect();

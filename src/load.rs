@@ -6,15 +6,18 @@ use std::sync::Arc;
 use crate::compile::ModelInput;
 use crate::diag::Diagnostic;
 use crate::error::Result;
-use crate::io::{Checkpoint, SourceManifest, read_config};
+use crate::io::{Checkpoint, SourceManifest, read_config, read_whole};
 use crate::script::{Catalog, CatalogEntry, ModuleFiles};
+
+/// The largest plan or module that is read, in bytes.
+const MOST_PLAN: u64 = 16 << 20;
 
 /// Reads a plan file.
 ///
 /// # Errors
 /// E0601 with the reason of the operating system; E0101 for text that is not UTF-8.
 pub fn read_plan(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| {
+    let bytes = read_whole(path, MOST_PLAN).map_err(|e| {
         Diagnostic::error("E0601", format!("cannot read the plan {}: {e}", path.display()))
             .hint("the first argument is a plan file, such as plans/quickstart.rhai")
     })?;
@@ -43,7 +46,8 @@ impl ModuleFiles for FolderModules {
         if !real.starts_with(&root) {
             return Err("it leads out of the plan's folder".to_owned());
         }
-        let text = std::fs::read_to_string(&real).map_err(|e| e.to_string())?;
+        let bytes = read_whole(&real, MOST_PLAN).map_err(|e| e.to_string())?;
+        let text = String::from_utf8(bytes).map_err(|_| "it is not UTF-8 text".to_owned())?;
         Ok(Some((full.display().to_string(), text)))
     }
 }

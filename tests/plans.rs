@@ -341,3 +341,87 @@ fn packed_codes_and_their_exponents_are_bytes() {
     assert_eq!(file.tensor("wide_scale_inv").unwrap().data(), 1f32.to_le_bytes());
     assert_eq!(found(&out, "exponents"), Ok(("uint8".into(), json!([4, 16]))));
 }
+
+fn olmoe() -> Value {
+    // The sizes of OLMoE-1B-7B, with two of its 16 layers.
+    json!({
+        "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048,
+        "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "num_experts": 64, "tie_word_embeddings": false
+    })
+}
+
+#[test]
+fn olmoe_holds_what_its_class_registers() {
+    let shape = |axes: &str, quant: &str, name: &str| {
+        let out = dry_run("olmoe", &olmoe(), &["--infer", axes, "--set", quant]);
+        found(&out, name).map(|f| f.1)
+    };
+    let layer = |name: &str| format!("model.layers.1.{name}");
+    let routed = |name: &str| layer(&format!("mlp.experts.routed_experts.{name}"));
+    let bf16 = |axes: &str, name: &str| shape(axes, "quant=bf16", name);
+    for (axes, name, expected) in [
+        ("tp=4", layer("self_attn.qkv_proj.weight"), json!([1536, 2048])),
+        ("tp=4", layer("self_attn.o_proj.weight"), json!([2048, 512])),
+        // Gathered before it is normed, so whole.
+        ("tp=4", layer("self_attn.q_norm.weight"), json!([2048])),
+        ("tp=4", layer("mlp.gate.weight"), json!([64, 2048])),
+        ("tp=4", routed("w13_weight"), json!([64, 512, 2048])),
+        ("tp=4", routed("w2_weight"), json!([64, 2048, 256])),
+        ("tp=2,dp=2,ep=4", routed("w13_weight"), json!([16, 2048, 2048])),
+        ("tp=2,dp=2,ep=4", routed("w2_weight"), json!([16, 2048, 1024])),
+        ("tp=2,pp=2", "lm_head.weight".to_owned(), json!([25152, 2048])),
+    ] {
+        assert_eq!(bf16(axes, &name), Ok(expected), "{axes} {name}");
+    }
+    let fp8 = |axes: &str, name: &str| shape(axes, "quant=fp8_block", name);
+    assert_eq!(fp8("tp=4", &routed("w13_weight_scale_inv")), Ok(json!([64, 4, 16])));
+    // 64 columns: vLLM's Triton kernel takes tiles of 64.
+    assert_eq!(fp8("tp=16", &routed("w2_weight_scale_inv")), Ok(json!([64, 32, 1])));
+    let why = bf16("tp=2,ep=2,redundant_experts=2", "").unwrap_err();
+    assert!(why.contains("refuses eplb"), "{why}");
+}
+
+#[test]
+fn olmoe_runs_and_verifies() {
+    let config = json!({
+        "model_type": "olmoe", "vocab_size": 100, "hidden_size": 256,
+        "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_experts": 2, "quantization_config": {"quant_method": "fp8",
+        "modules_to_not_convert": ["mlp.gate"]}
+    });
+    let layer = "model.layers.0";
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![100, 256]),
+        ("model.norm.weight".to_owned(), vec![256]),
+        ("lm_head.weight".to_owned(), vec![100, 256]),
+        (format!("{layer}.mlp.gate.weight"), vec![2, 256]),
+    ];
+    let norms = ["input_layernorm", "post_attention_layernorm"].map(str::to_owned);
+    let heads = ["q", "k"].map(|x| format!("self_attn.{x}_norm"));
+    shapes.extend(
+        [norms, heads].concat().iter().map(|n| (format!("{layer}.{n}.weight"), vec![256])),
+    );
+    for x in ["q", "k", "v", "o"] {
+        shapes.push((format!("{layer}.self_attn.{x}_proj.weight"), vec![256, 256]));
+    }
+    for (e, x) in [(0, "gate"), (0, "up"), (1, "gate"), (1, "up")] {
+        shapes.push((format!("{layer}.mlp.experts.{e}.{x}_proj.weight"), vec![128, 256]));
+    }
+    for e in 0..2 {
+        shapes.push((format!("{layer}.mlp.experts.{e}.down_proj.weight"), vec![256, 128]));
+    }
+    let bytes: Vec<u8> = (0..1 << 17).flat_map(|i: u32| [i as u8, 0x3F]).collect();
+    let views = shapes.iter().map(|(name, shape)| {
+        let data = &bytes[..2 * shape.iter().product::<usize>()];
+        (name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), data).unwrap())
+    });
+    let dir = tempdir().unwrap();
+    serialize_to_file(views, None, &dir.path().join("model.safetensors")).unwrap();
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let (model, out) = (dir.path().to_str().unwrap(), dir.path().join("out"));
+    let out = out.to_str().unwrap();
+    let args = ["run", "plans/olmoe.rhai", "--model", model, "--infer", "tp=2,ep=2"];
+    let run = engine(&[&args[..], &["--out", out, "--verify"]].concat());
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+}

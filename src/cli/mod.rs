@@ -9,6 +9,7 @@ mod human;
 mod inputs;
 mod run;
 mod shape_table;
+mod signals;
 mod simulate;
 mod verify;
 
@@ -53,6 +54,7 @@ impl From<crate::compile::CompileError> for Failure {
 pub fn main() -> ExitCode {
     without_graph_mixing();
     let args = Args::parse();
+    signals::report_large_files();
     let json = args.command.json();
     if !json {
         show_prints();

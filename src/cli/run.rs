@@ -16,6 +16,7 @@ use crate::load::beside;
 
 use super::args::{Backend, Finite, Path, PlanArgs, RunArgs};
 use super::inputs::{self, Loaded, Weights};
+use super::signals::Signals;
 use super::{Failure, human, print, report};
 
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -30,8 +31,12 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
             .into());
     };
     report(checkpoint.notes(), compiled.files(), false);
+    // Before signals are watched: it may wait for other processes.
+    let engine = engine(args)?;
+    let signals = Signals::watch()
+        .map_err(|e| Diagnostic::error("E0601", format!("signals cannot be watched: {e}")))?;
     let options = RunOptions {
-        engine: engine(args)?,
+        engine,
         // A file run publishes nothing before its end, so one pass finds and refuses alike.
         finite: match args.finite_check {
             Finite::Before => FiniteCheck::Before,
@@ -41,11 +46,13 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
         timeout: args.timeout,
         staging: args.staging,
         force: args.force,
+        stop: signals.asked(),
     };
     let bar = progress_bar(compiled.program.units.iter().map(|u| u.bytes()).sum());
     let recorded = recorded(&args.inputs, &loaded)?;
     let done = run_to_files(compiled, checkpoint, &recorded, &out, &options, &|n| bar.inc(n));
     bar.finish_and_clear();
+    drop(signals);
     let fail = |error: Error| Failure { error, files: compiled.files().clone() };
     let summary = done.map_err(fail)?;
     report(&summary.notes, compiled.files(), false);

@@ -12,7 +12,7 @@ use crate::lower::{
     Part, Placed, ProgramSource, RankProgram, Receiver, Target, TargetKind, TargetStorage,
     Unit, recipe_of,
 };
-use crate::shard::{Piece, Resolver, Storage, row_major};
+use crate::shard::{MOST_BOXES, Piece, Resolver, Storage, Unsaid, row_major};
 use crate::topo::{Layout, RankId};
 
 use super::CompileInputs;
@@ -242,14 +242,23 @@ impl<'a> Lowering<'a> {
         self.ranks.push(RankProgram { rank, coords: self.front.mesh.coords(rank), targets });
     }
 
-    fn no_lowering(&mut self, stage: usize, param: &Param) {
-        let d = Diagnostic::error(
-            "E0501",
-            format!("{}: a reshape or permute takes elements out of their tiles", param.name),
-        )
-        .at(param.span)
-        .hint("reshape and permute before .quantize")
-        .about(&param.name);
+    fn no_lowering(&mut self, stage: usize, param: &Param, why: Unsaid) {
+        let (code, what, hint) = match why {
+            Unsaid::Tiles(_) => (
+                "E0501",
+                "a reshape or permute takes elements out of their tiles".to_owned(),
+                "reshape and permute before .quantize",
+            ),
+            Unsaid::Boxes => (
+                "E0105",
+                format!("its moves take more than the limit of {MOST_BOXES} boxes"),
+                "moves of rows, then of columns, then of rows again split it into single elements",
+            ),
+        };
+        let d = Diagnostic::error(code, format!("{}: {what}", param.name))
+            .at(param.span)
+            .hint(hint)
+            .about(&param.name);
         self.problems.push(Late { stage, event: Some(param.event), diagnostic: d });
     }
 
@@ -262,9 +271,12 @@ impl<'a> Lowering<'a> {
         axes: Axes,
     ) -> Option<Target> {
         let t = types.types[param.node.0 as usize].clone()?;
-        let Ok(pieces) = resolver.param(&param.name, param.node, param.derived) else {
-            self.no_lowering(stage, param);
-            return None;
+        let pieces = match resolver.param(&param.name, param.node, param.derived) {
+            Ok(pieces) => pieces,
+            Err(why) => {
+                self.no_lowering(stage, param, why);
+                return None;
+            }
         };
         let full = types.full[param.node.0 as usize].as_ref();
         let mut target = Target {

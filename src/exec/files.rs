@@ -1,6 +1,8 @@
 //! The two ends of a file run: a checkpoint's tensors, and one file for each inference rank.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::cpu::{Rows, Sink, Strided};
 use crate::compile::Compiled;
@@ -12,21 +14,40 @@ use crate::lower::{Part, Program, RankProgram, TargetKind};
 use crate::shard::Storage;
 use crate::topo::{Coords, InferMesh};
 
+/// Whether the run was asked to stop.
+#[derive(Clone)]
+pub(super) struct Stop(pub(super) Arc<AtomicBool>);
+
+impl Stop {
+    pub(super) fn check(&self) -> std::result::Result<(), Diagnostic> {
+        if !self.0.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let d = Diagnostic::error("E0608", "the run was interrupted");
+        Err(d.note("nothing was published; what was written so far is removed"))
+    }
+}
+
 /// The program's sources as tensors of an open checkpoint.
 pub(super) struct FileRows<'a> {
+    stop: Stop,
     checkpoint: &'a Checkpoint,
     tensors: Vec<&'a TensorEntry>,
 }
 
 impl<'a> FileRows<'a> {
-    pub(super) fn bind(program: &Program, checkpoint: &'a Checkpoint) -> Result<Self> {
+    pub(super) fn bind(
+        program: &Program,
+        checkpoint: &'a Checkpoint,
+        stop: Stop,
+    ) -> Result<Self> {
         let found = program.sources.iter().map(|s| {
             let tensor = checkpoint.get(&s.name).ok_or_else(|| missing(&s.name))?;
             let same = s.dtype.reads(&tensor.dtype_name) && tensor.shape[..] == s.shape[..];
             if same { Ok(tensor) } else { Err(missing(&s.name)) }
         });
         let tensors: std::result::Result<Vec<_>, Diagnostic> = found.collect();
-        Ok(FileRows { checkpoint, tensors: tensors? })
+        Ok(FileRows { stop, checkpoint, tensors: tensors? })
     }
 }
 
@@ -44,6 +65,7 @@ impl Rows for FileRows<'_> {
         rows: Strided,
         buf: &mut [u8],
     ) -> std::result::Result<(), Diagnostic> {
+        self.stop.check()?;
         let Storage::Source(id) = storage else {
             return Err(Diagnostic::error("E0502", "a file run reads landed parameters"));
         };
@@ -64,6 +86,7 @@ impl Rows for FileRows<'_> {
 
 /// One rank's file, and which tensor of it each storage is.
 pub(super) struct FileSink {
+    stop: Stop,
     pub(super) file: RankFile,
     /// Path below the output folder.
     pub(super) name: String,
@@ -80,6 +103,7 @@ impl FileSink {
         staging: &Path,
         compiled: &Compiled,
         rank: &RankProgram,
+        stop: Stop,
     ) -> Result<Self> {
         let mut tensors = Vec::new();
         let mut first = Vec::with_capacity(rank.targets.len());
@@ -93,7 +117,7 @@ impl FileSink {
         let name = file_name(&compiled.mesh, rank.coords);
         let file = rank_file(staging, rank.rank.0, &name, &tensors)?;
         let path = format!("rank-{}/{name}", rank.rank);
-        Ok(FileSink { file, name: path, tensors, rank: rank.rank.0 as usize, first })
+        Ok(FileSink { stop, file, name: path, tensors, rank: rank.rank.0 as usize, first })
     }
 }
 
@@ -105,6 +129,7 @@ impl Sink for FileSink {
         rows: Strided,
         bytes: &[u8],
     ) -> std::result::Result<(), Diagnostic> {
+        self.stop.check()?;
         let tensor = self.first[target] + usize::from(part == Part::Scales);
         let parts = bytes.chunks_exact((rows.row_bytes as usize).max(1)).enumerate();
         for (i, row) in parts {

@@ -42,6 +42,11 @@ impl Bounds {
     pub(super) fn limit(&self) -> u64 {
         (self.staging / self.in_flight).clamp(1, self.bucket)
     }
+
+    /// The bytes of what is cut at most from one unit at once.
+    fn slice(&self) -> u64 {
+        (self.limit() / 64).max(1)
+    }
 }
 
 /// What a graph is built for.
@@ -75,12 +80,13 @@ impl<'a> Setup<'a> {
 ///
 /// # Errors
 /// E0308 where operands of one element, or a tile that is quantized twice on different grids,
-/// lie on several trainer ranks.
+/// lie on several trainer ranks; E0209 for an update larger than any machine's.
 pub fn build(
     program: &Program,
     units: std::ops::Range<u32>,
     setup: &Setup<'_>,
 ) -> Result<Graph, Vec<Diagnostic>> {
+    few_slices(program, units.clone(), setup.bounds)?;
     let mut work = Build::new(program, setup);
     let mut order: Vec<u32> = units.collect();
     // What all ranks hold comes before what each holds alone, so that buckets are alike: a relay
@@ -95,6 +101,31 @@ pub fn build(
     });
     order.chunk_by(|a, b| key(a) == key(b)).for_each(|units| work.units(units));
     work.finish()
+}
+
+/// Most slices of one update, which are all kept in memory.
+const MOST_SLICES: u64 = 1 << 24;
+
+/// Refuses sizes that are a slip of the plan before the memory for their slices runs out.
+fn few_slices(
+    program: &Program,
+    units: std::ops::Range<u32>,
+    bounds: Bounds,
+) -> Result<(), Vec<Diagnostic>> {
+    let units = || program.units[units.start as usize..units.end as usize].iter();
+    let all = units().fold(0u64, |all, u| all.saturating_add(u.bytes()));
+    let (slice, most) = (bounds.slice(), units().max_by_key(|u| u.bytes()));
+    match most {
+        Some(unit) if all / slice > MOST_SLICES => {
+            let why = format!(
+                "an update of {all} bytes, in slices of {slice}, has more than {MOST_SLICES}"
+            );
+            let d = Diagnostic::error("E0209", why).at(unit.span);
+            let d = d.label(format!("{} takes {} bytes alone", unit.name, unit.bytes()));
+            Err(vec![d.hint("is a size of the plan a slip? Else raise --staging")])
+        }
+        _ => Ok(()),
+    }
 }
 
 struct Build<'a> {
@@ -170,7 +201,7 @@ impl<'a> Build<'a> {
         }
         let receivers = self.receivers_of(unit);
         // Small enough to spread what enters a host over its GPUs, and to stay in a cache.
-        match self.cuts.of(unit, (self.limit / 64).max(1)) {
+        match self.cuts.of(unit, self.setup.bounds.slice()) {
             Ok((key, slices)) => {
                 (id, key, &receivers[..]).hash(&mut self.digest);
                 Some((id, slices, receivers))

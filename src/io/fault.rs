@@ -2,7 +2,7 @@
 //! Knows nothing of file formats.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -19,6 +19,8 @@ pub(super) fn os(action: &str, path: &Path, error: &io::Error) -> Diagnostic {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             diagnostic.hint("free space there or choose another place; nothing was published")
         }
+        io::ErrorKind::FileTooLarge => diagnostic
+            .hint("raise the limit of a file's size (ulimit -f); nothing was published"),
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             diagnostic.hint("check who may read and write there")
         }
@@ -34,6 +36,18 @@ pub(super) fn open_regular(path: &Path) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     Ok(file)
+}
+
+/// All bytes of a regular file that has at most `most` of them.
+pub(crate) fn read_whole(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // One more than allowed, since a file may grow while it is read.
+    open_regular(path)?.take(most + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        let why = format!("it has more than {} MiB", most >> 20);
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(bytes)
 }
 
 /// `a.weight, b.weight, c.weight and 4 more`.

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io::Read;
 use std::marker::PhantomData;
 use std::path::Path;
 
@@ -11,6 +10,9 @@ use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor}
 
 use super::fault;
 use crate::diag::Diagnostic;
+
+/// The largest JSON file that is read: an index of a million tensors has a tenth of it.
+pub(super) const MOST_JSON: u64 = 1 << 30;
 
 /// An object in file order that also remembers which keys came twice.
 #[derive(Debug)]
@@ -56,9 +58,7 @@ pub(super) fn read<T: DeserializeOwned>(
     what: &str,
     code: &'static str,
 ) -> Result<T, Diagnostic> {
-    let mut bytes = Vec::new();
-    fault::open_regular(path)
-        .and_then(|mut file| file.read_to_end(&mut bytes))
+    let bytes = fault::read_whole(path, MOST_JSON)
         .map_err(|e| fault::os(&format!("read the {what}"), path, &e))?;
     serde_json::from_slice(&bytes).map_err(|e| {
         let diagnostic = Diagnostic::error(code, format!("{what} {}", at(path, &e)));

@@ -15,6 +15,8 @@ mod place;
 mod rank_file;
 mod rows;
 
+pub(crate) use fault::read_whole;
+
 pub use checkpoint::{Checkpoint, TensorEntry};
 pub use checksum::checksum_tensor;
 pub use cluster::read_cluster;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::fault;
+use super::{fault, json};
 use crate::diag::Diagnostic;
 
 type Checked<T> = Result<T, Diagnostic>;
@@ -188,7 +188,7 @@ fn has_no_locks(error: &io::Error) -> bool {
 
 /// Ok if a folder is a run's output and nothing else; else the reason.
 pub(super) fn looks_like_a_run(folder: &Path) -> Result<(), String> {
-    let text = fs::read(folder.join("manifest.json"))
+    let text = fault::read_whole(&folder.join("manifest.json"), json::MOST_JSON)
         .map_err(|_| "it has no manifest.json that can be read".to_owned())?;
     let manifest: Value = serde_json::from_slice(&text)
         .map_err(|_| "its manifest.json is not valid JSON".to_owned())?;

@@ -1,6 +1,9 @@
 //! Dotted-path patterns: a run of whole path segments, with `*` inside a segment.
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
+
+/// Memory of one compiled expression: a plan may have thousands of them.
+const MOST_REGEX_BYTES: usize = 64 << 10;
 
 /// A pattern over parameter names. `mlp.gate` matches `a.mlp.gate.weight` and not
 /// `a.mlp.gate_proj.weight`; `*` stands for any characters inside one segment; `re:` in front
@@ -22,7 +25,10 @@ impl Pattern {
     /// The reason, where the text is empty, has an empty segment or is no regular expression.
     pub fn new(text: &str) -> Result<Self, String> {
         let kind = match text.strip_prefix("re:") {
-            Some(expr) => Kind::Regex(Regex::new(expr).map_err(|e| e.to_string())?),
+            Some(expr) => {
+                let built = RegexBuilder::new(expr).size_limit(MOST_REGEX_BYTES).build();
+                Kind::Regex(built.map_err(|e| e.to_string())?)
+            }
             None => {
                 let segments: Vec<String> = text.split('.').map(str::to_owned).collect();
                 if segments.iter().any(String::is_empty) {

@@ -66,10 +66,11 @@ pub(super) fn parse_error(e: &ParseError) -> Diagnostic {
         rhai::ParseErrorType::BadInput(LexError::ImproperSymbol(word, why)) => {
             match (word.as_str(), why.as_str()) {
                 (name, RESERVED_WORD) => reserved(name),
-                ("eval", _) => {
-                    Diagnostic::error("E0112", "`eval` is not part of the plan language")
-                        .hint("a plan is what its files say; use functions and closures")
-                }
+                ("eval" | "curry", _) => Diagnostic::error(
+                    "E0112",
+                    format!("`{word}` is not part of the plan language"),
+                )
+                .hint("a plan is what its files say; use functions and closures"),
                 _ => unparsed(&plain(why)),
             }
         }

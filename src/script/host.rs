@@ -18,7 +18,7 @@ use crate::topo::Axis;
 
 pub(super) use recipes::RECIPES;
 
-use super::limits::Stop;
+use super::limits::{NAME_BYTES, Stop};
 use super::state::State;
 use super::values::{AxisValue, Block, Config, DTypeValue, Facts, RecipeValue, Tensor};
 
@@ -78,6 +78,16 @@ fn refuse<T>(
 ) -> Fallible<T> {
     let at = span_of(&s.borrow(), ctx);
     raise(Diagnostic::error(code, message).at(at), ctx)
+}
+
+/// Refuses a name or pattern that is too long to be one.
+fn short(s: &Shared, ctx: &NativeCallContext, name: &str) -> Fallible<()> {
+    if name.len() <= NAME_BYTES {
+        return Ok(());
+    }
+    let start: String = name.chars().take(40).collect();
+    let why = format!("`{start}..` has {} bytes, a name has at most {NAME_BYTES}", name.len());
+    refuse(s, ctx, "E0110", why)
 }
 
 /// Ends the script for a reason of ours: as an error that collects the calls around it.

@@ -35,6 +35,10 @@ pub(super) enum Stop {
 pub(super) const MAP_ITEMS: usize = 10_000;
 pub(super) const VARIABLES: usize = 4_000;
 pub(super) const MODULES: usize = 100;
+/// Keep and drop rules, and options.
+pub(super) const RULES: usize = 10_000;
+/// Bytes of a name, a pattern or a message.
+pub(super) const NAME_BYTES: usize = 1_000;
 
 impl Default for Limits {
     /// Room for plans of a few hundred thousand nodes; an endless loop ends within seconds.
@@ -72,6 +76,8 @@ pub(super) fn apply(engine: &mut Engine, limits: &Limits) {
     engine.set_max_functions(1_000);
     engine.set_max_modules(MODULES);
     engine.disable_symbol("eval");
+    // A function that is curried with itself doubles, and no limit of rhai's counts it.
+    engine.disable_symbol("curry");
     let deadline = Instant::now() + limits.time;
     let most = limits.operations;
     // Rhai starts its own count anew in every closure that it is handed.

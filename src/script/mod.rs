@@ -10,6 +10,7 @@ mod modules;
 mod replay;
 mod state;
 mod values;
+mod words;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ pub(crate) use errors::nearest as nearest_name;
 pub use limits::Limits;
 pub use modules::{BuiltinModules, ModuleFiles, NoModules};
 use state::State;
+pub use words::words;
 
 /// What the trainer side really holds, by name; absent in a dry run from a bare config.
 pub trait Catalog {

@@ -4,6 +4,8 @@ use smallvec::smallvec;
 
 use crate::ir::Dims;
 
+use super::budget;
+
 /// A range of a tensor: first index and length in each dimension.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
@@ -72,6 +74,9 @@ pub(super) fn through_reshape(old: &[u64], new: &[u64], window: &Window) -> Vec<
         let part =
             Window { lo: window.lo[n.clone()].into(), len: window.len[n.clone()].into() };
         let found = in_group(&old[o], &new[n], &part);
+        if !budget::take((pairs.len() as u64).saturating_mul(found.len() as u64)) {
+            return Vec::new();
+        }
         pairs = pairs
             .iter()
             .flat_map(|left| found.iter().map(move |right| joined(left, right)))
@@ -126,8 +131,13 @@ fn in_group(old: &[u64], new: &[u64], window: &Window) -> Vec<Pair> {
         return vec![Pair { old: window.clone(), new: window.clone() }];
     }
     let mut out = Vec::new();
+    let (inner, _) = contiguous(window, new);
+    let runs = window.len[..inner].iter().fold(1u64, |all, n| all.saturating_mul(*n));
+    if !budget::take(runs) {
+        return out;
+    }
     for (mut start, mut left) in flat_runs(new, window) {
-        while left > 0 {
+        while left > 0 && budget::take(1) {
             let count = common_prefix(old, new, start, left);
             out.push(Pair {
                 old: prefix_box(old, start, count),

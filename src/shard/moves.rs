@@ -5,6 +5,7 @@ use smallvec::smallvec;
 use crate::ir::Dims;
 
 use super::boxes::{Window, gcd, through_reshape};
+use super::budget;
 use super::piece::{Expr, Piece};
 
 /// The parts of some pieces inside a window, with places relative to it.
@@ -70,6 +71,9 @@ fn reshape_box(expr: Expr, len: &[u64], to: Window, out: &mut Vec<Piece>) -> Opt
     let mut slab: Dims = len.into();
     slab[dim] = step;
     for i in (0..len[dim]).step_by(step as usize) {
+        if !budget::take(1) {
+            return None;
+        }
         let mut off: Dims = smallvec![0; len.len()];
         off[dim] = i;
         let part = Window { lo: off.clone(), len: slab.clone() };

@@ -8,6 +8,7 @@ use crate::dtype::DType;
 use crate::ir::{Dims, NodeId, Op, Place, Plan, SourceFormat, Type};
 
 use super::boxes::{Window, row_major, through_reshape};
+use super::budget;
 use super::moves::{permute_pieces, reshape_pieces};
 use super::piece::{Expr, Made, Piece, ScaleView, Storage, Stored, Tiles, TilesFrom, View};
 
@@ -15,9 +16,14 @@ use super::piece::{Expr, Made, Piece, ScaleView, Storage, Stored, Tiles, TilesFr
 /// vLLM's initial map.
 pub type ExpertMap = BTreeMap<String, Vec<u64>>;
 
-/// An expression that no strided boxes can say.
+/// Why an expression has no pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoBoxes(pub NodeId);
+pub enum Unsaid {
+    /// At this node elements leave their tiles.
+    Tiles(NodeId),
+    /// It would take more than [`super::MOST_BOXES`].
+    Boxes,
+}
 
 /// Resolves expressions of one plan at one place.
 pub struct Resolver<'a> {
@@ -32,7 +38,7 @@ pub struct Resolver<'a> {
     pub landed: &'a BTreeMap<NodeId, u32>,
 }
 
-type Pieces = Result<Vec<Piece>, NoBoxes>;
+type Pieces = Result<Vec<Piece>, Unsaid>;
 
 /// What one walk needs beside the resolver.
 struct Walk<'a> {
@@ -45,15 +51,16 @@ impl Resolver<'_> {
     /// The pieces of a whole parameter, in order of its dimensions.
     ///
     /// # Errors
-    /// The node that moves elements out of their tiles, which no strided boxes can say.
+    /// Why it has none.
     pub fn param(&self, name: &str, node: NodeId, derived: bool) -> Pieces {
-        let Some(t) = &self.types[node.0 as usize] else { return Err(NoBoxes(node)) };
+        let Some(t) = &self.types[node.0 as usize] else { return Err(Unsaid::Tiles(node)) };
         let walk = Walk { map: self.map_of(name), derived };
         let window = Window::whole(&t.shape);
         if window.is_empty() {
             return Ok(Vec::new());
         }
-        self.walk(node, &window, &walk)
+        let pieces = budget::within(|| self.walk(node, &window, &walk));
+        pieces.unwrap_or(Err(Unsaid::Boxes))
     }
 
     /// The expert map of the layer that a parameter lies in.
@@ -96,7 +103,7 @@ impl Resolver<'_> {
                 for (new, old) in dims.iter().enumerate() {
                     (w.lo[*old], w.len[*old]) = (window.lo[new], window.len[new]);
                 }
-                permute_pieces(&inner(0, &w)?, dims).ok_or(NoBoxes(id))
+                permute_pieces(&inner(0, &w)?, dims).ok_or(Unsaid::Tiles(id))
             }
             Op::Pad { dim, value, .. } => {
                 let dtype = self.dtype(id);
@@ -229,7 +236,7 @@ impl Resolver<'_> {
         for pair in through_reshape(old, new, window) {
             let inner = self.walk(input, &pair.old, walk)?;
             let pieces =
-                reshape_pieces(inner, &pair.old.len, &pair.new.len).ok_or(NoBoxes(id))?;
+                reshape_pieces(inner, &pair.old.len, &pair.new.len).ok_or(Unsaid::Tiles(id))?;
             for mut piece in pieces {
                 for d in 0..new.len() {
                     piece.at.lo[d] += pair.new.lo[d] - window.lo[d];
@@ -407,6 +414,9 @@ fn wrap(mut pieces: Vec<Piece>, f: impl Fn(Box<Expr>) -> Expr) -> Vec<Piece> {
 
 fn add(left: Vec<Piece>, right: &[Piece]) -> Vec<Piece> {
     let mut out = Vec::new();
+    if !budget::take((left.len() as u64).saturating_mul(right.len() as u64) / 64) {
+        return out;
+    }
     for l in &left {
         for r in right {
             let Some(at) = l.at.intersect(&r.at) else { continue };

@@ -263,37 +263,42 @@ fn cut_by_grid(view: &View, window: &Window, cuts: &[Vec<u64>], shape: &[u64]) -
 /// Cuts a box so that no limit lies between the positions of a part's elements. The position of
 /// element `i` is `from` + the sum of `i[d] × strides[d]` over the dimensions that move it.
 fn cut_at(
-    part: Window,
-    from: u64,
+    mut part: Window,
+    mut from: u64,
     strides: &[u64],
     moves: &impl Fn(usize) -> bool,
-    limits: &[u64],
+    mut limits: &[u64],
     out: &mut Vec<Window>,
 ) {
-    let reach = |d: usize| if moves(d) { (part.len[d] - 1) * strides[d] } else { 0 };
-    let all: u64 = (0..part.len.len()).map(reach).sum();
-    let limits = &limits[limits.partition_point(|t| *t <= from)..];
-    let Some(limit) = limits.first().filter(|t| **t <= from + all) else {
-        return out.push(part);
-    };
-    let widest = (0..part.len.len()).filter(|d| moves(*d) && part.len[*d] > 1);
-    let Some(d) = widest.max_by_key(|d| strides[*d]) else { return out.push(part) };
-    let (stride, count, rest) = (strides[d], part.len[d], all - reach(d));
-    let mut emit = |lo: u64, len: u64, whole: bool| {
-        if len == 0 {
+    loop {
+        let reach = |d: usize| if moves(d) { (part.len[d] - 1) * strides[d] } else { 0 };
+        let all: u64 = (0..part.len.len()).map(reach).sum();
+        limits = &limits[limits.partition_point(|t| *t <= from)..];
+        let Some(limit) = limits.first().filter(|t| **t <= from + all) else {
+            return out.push(part);
+        };
+        let widest = (0..part.len.len()).filter(|d| moves(*d) && part.len[*d] > 1);
+        let Some(d) = widest.max_by_key(|d| strides[*d]) else { return out.push(part) };
+        let (stride, count, rest) = (strides[d], part.len[d], all - reach(d));
+        let piece = |lo: u64, len: u64| {
+            let mut sub = part.clone();
+            (sub.lo[d], sub.len[d]) = (part.lo[d] + lo, len);
+            sub
+        };
+        // Indices wholly below the limit, those that straddle it one by one, and the rest.
+        let below = limit.saturating_sub(from + rest).div_ceil(stride).min(count);
+        let above = (limit - from).div_ceil(stride).min(count);
+        if below > 0 {
+            out.push(piece(0, below));
+        }
+        for i in below..above {
+            cut_at(piece(i, 1), from + i * stride, strides, moves, limits, out);
+        }
+        if above == count {
             return;
         }
-        let mut sub = part.clone();
-        (sub.lo[d], sub.len[d]) = (part.lo[d] + lo, len);
-        match whole {
-            true => out.push(sub),
-            false => cut_at(sub, from + lo * stride, strides, moves, limits, out),
-        }
-    };
-    // Indices wholly below the limit, those that straddle it one by one, and the rest.
-    let below = limit.saturating_sub(from + rest).div_ceil(stride).min(count);
-    let above = (limit - from).div_ceil(stride).min(count);
-    emit(0, below, true);
-    (below..above).for_each(|i| emit(i, 1, false));
-    emit(above, count - above, false);
+        // As many turns as there are cuts: too many to be calls in one another.
+        part = piece(above, count - above);
+        from += above * stride;
+    }
 }

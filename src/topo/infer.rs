@@ -61,6 +61,7 @@ pub fn stage_layers(layers: u64, pp: u64, stage: u64) -> std::ops::Range<u64> {
 
 /// The inference mesh. Every size is at least 1 and the world fits 64 bits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "BTreeMap<String, u64>")]
 pub struct InferMesh {
     pub tp: u64,
     pub dp: u64,
@@ -68,7 +69,7 @@ pub struct InferMesh {
     pub pp: u64,
     pub redundant_experts: u64,
     /// True if expert load balancing runs: physical slots must then divide over the ranks.
-    #[serde(serialize_with = "as_number", deserialize_with = "from_number")]
+    #[serde(serialize_with = "as_number")]
     pub eplb: bool,
     pub replicas: u64,
 }
@@ -77,8 +78,12 @@ fn as_number<S: serde::Serializer>(flag: &bool, s: S) -> Result<S::Ok, S::Error>
     s.serialize_u64(u64::from(*flag))
 }
 
-fn from_number<'de, D: serde::Deserializer<'de>>(d: D) -> Result<bool, D::Error> {
-    u64::deserialize(d).map(|n| n != 0)
+impl TryFrom<BTreeMap<String, u64>> for InferMesh {
+    type Error = String;
+
+    fn try_from(axes: BTreeMap<String, u64>) -> Result<Self, String> {
+        InferMesh::from_axes(axes).map_err(|d| d.message)
+    }
 }
 
 /// A rank's index on each axis.

@@ -14,6 +14,7 @@ use super::{Cut, Layout, Placement, stage_layers};
 /// pp outermost, then dp_replicate, fsdp and tp; an fsdp index is (index among the fsdp/ep ranks)
 /// × ep + (ep rank).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "BTreeMap<String, u64>")]
 pub struct TrainMesh {
     pub dp_replicate: u64,
     pub fsdp: u64,
@@ -22,12 +23,18 @@ pub struct TrainMesh {
     pub pp: u64,
     /// What the fsdp/ep ranks of an expert block cut: 1 the first dimension of each expert, 0 the
     /// block's experts.
-    #[serde(default = "one")]
     pub expert_fsdp_dim: u64,
 }
 
-const fn one() -> u64 {
-    1
+impl TryFrom<BTreeMap<String, u64>> for TrainMesh {
+    type Error = String;
+
+    fn try_from(axes: BTreeMap<String, u64>) -> Result<Self, String> {
+        if let Some(name) = axes.keys().find(|n| !AXES.contains(&n.as_str())) {
+            return Err(format!("there is no trainer axis `{name}`"));
+        }
+        TrainMesh::from_axes(&axes).map_err(|d| d.message)
+    }
 }
 
 /// Which expert a source tensor is.
@@ -69,7 +76,10 @@ impl TrainMesh {
     /// # Errors
     /// E0307 for an unknown or repeated axis, a zero size, and an ep that does not divide fsdp.
     pub fn parse(text: &str) -> Result<Self, Diagnostic> {
-        let axes = parse_axes(text, &AXES)?;
+        TrainMesh::from_axes(&parse_axes(text, &AXES)?)
+    }
+
+    fn from_axes(axes: &BTreeMap<String, u64>) -> Result<Self, Diagnostic> {
         let get = |name: &str| axes.get(name).copied().unwrap_or(1);
         let mesh = TrainMesh {
             dp_replicate: get("dp_replicate"),

@@ -10,7 +10,7 @@ use crate::ir::Dims;
 use super::super::values::{Block, DTypeValue, Tensor};
 use crate::diag::Diagnostic;
 
-use super::{Fallible, Shared, raise, refuse, shown, span_of, trapped};
+use super::{Fallible, Shared, raise, refuse, short, shown, span_of, trapped};
 
 pub(super) fn register(engine: &mut Engine, state: &Shared) {
     engine.register_fn("at", |path: &str| Block { path: path.to_owned() });
@@ -62,6 +62,7 @@ fn source(
     shape: &Array,
     dtype: DType,
 ) -> Fallible<Tensor> {
+    short(s, ctx, &name)?;
     let shape = dims(s, ctx, shape)?;
     let mut state = s.borrow_mut();
     let at = span_of(&state, ctx);
@@ -80,6 +81,7 @@ fn copy(
 }
 
 fn assign(s: &Shared, ctx: &NativeCallContext, name: String, t: Tensor) -> Fallible<()> {
+    short(s, ctx, &name)?;
     let fine = !name.is_empty() && name.split('.').all(|part| !part.is_empty());
     if !fine {
         return refuse(s, ctx, "E0110", format!("`{name}` is not a parameter's name"));

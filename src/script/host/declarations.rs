@@ -7,9 +7,9 @@ use rhai::{Array, Dynamic, Engine, Map, NativeCallContext};
 
 use crate::topo::{InferMesh, stage_layers};
 
-use super::super::limits::Stop;
+use super::super::limits::{RULES, Stop};
 use super::super::state::State;
-use super::{Fallible, Shared, raise, refuse, span_of, trapped};
+use super::{Fallible, Shared, raise, refuse, short, span_of, trapped};
 
 pub(super) fn register(engine: &mut Engine, state: &Shared) {
     let s = Rc::clone(state);
@@ -105,6 +105,10 @@ fn chosen(
     default: Dynamic,
     choices: Option<Array>,
 ) -> Fallible<Dynamic> {
+    short(s, ctx, name)?;
+    if s.borrow().options_seen.len() >= RULES {
+        return refuse(s, ctx, "E0105", format!("the plan hit the limit of {RULES} options"));
+    }
     let given = s.borrow().options.get(name).cloned();
     let text = given.unwrap_or_else(|| default.to_string());
     let bad = |what: String| refuse(s, ctx, "E0109", format!("option {name}={text} {what}"));

@@ -7,8 +7,9 @@ use rhai::{Engine, NativeCallContext};
 use crate::diag::Diagnostic;
 use crate::ir::{Pattern, Rule};
 
+use super::super::limits::{NAME_BYTES, RULES};
 use super::super::values::Block;
-use super::{Fallible, Shared, refuse, span_of, trapped};
+use super::{Fallible, Shared, refuse, short, span_of, trapped};
 
 pub(super) fn register(engine: &mut Engine, state: &Shared) {
     for word in ["keep", "drop"] {
@@ -29,6 +30,7 @@ pub(super) fn register(engine: &mut Engine, state: &Shared) {
             let event = trapped(state.event(), &ctx)?;
             if !ok {
                 let at = span_of(&state, &ctx);
+                let message: String = message.chars().take(NAME_BYTES).collect();
                 state.problem(event, Diagnostic::error("E0108", message).at(at));
             }
             Ok(())
@@ -56,6 +58,12 @@ fn rule(
     pattern: &str,
     optional: bool,
 ) -> Fallible<()> {
+    short(s, ctx, pattern)?;
+    let rules = s.borrow().keep.len() + s.borrow().drop.len();
+    if rules >= RULES {
+        let why = format!("the plan hit the limit of {RULES} keep and drop rules");
+        return refuse(s, ctx, "E0105", why);
+    }
     let pattern = match Pattern::new(pattern) {
         Ok(pattern) => pattern,
         Err(why) => return refuse(s, ctx, "E0110", why),

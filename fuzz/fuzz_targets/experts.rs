@@ -1,0 +1,10 @@
+//! See targets.rs.
+#![no_main]
+
+#[path = "../targets.rs"]
+#[allow(dead_code, reason = "a target uses one of them")]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    targets::experts(data);
+});
