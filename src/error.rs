@@ -40,7 +40,7 @@ impl Error {
     /// The same error as a failure of devices or peers, if its codes are theirs.
     pub fn of_device(mut self) -> Self {
         let device = ["E0502", "E0604", "E0605", "E0610", "E0611"];
-        if self.diagnostics.iter().any(|d| device.contains(&&*d.code)) {
+        if self.diagnostics.iter().any(|d| device.contains(&d.code)) {
             self.kind = ErrorKind::Device;
         }
         self

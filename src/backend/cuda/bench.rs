@@ -266,7 +266,7 @@ struct Ends<'a> {
 }
 
 impl Ends<'_> {
-    fn from_to(&self) -> (Seat, Seat) {
+    fn seats(&self) -> (Seat, Seat) {
         let last = crate::topo::RankId(self.seats.rank_count() as u64 - 1);
         (self.seats.of_trainer(0), self.seats.of_rank(last))
     }
@@ -274,7 +274,7 @@ impl Ends<'_> {
     /// The copy engine, from the sources to the targets.
     fn copy(&self, wire: u64, timeout: Duration) -> Fallible<Option<Baseline>> {
         let Setting { gpu, member, .. } = self.session.setting();
-        let (from, to) = self.from_to();
+        let (from, to) = self.seats();
         let own = Published::of(gpu, self.session.arena_memory())?;
         let all = member.share("baseline", &(own, self.session.arena().1), timeout)?;
         let mut found = None;
@@ -294,7 +294,7 @@ impl Ends<'_> {
     /// One NCCL message of the same bytes.
     fn nccl(&self, wire: u64, timeout: Duration) -> Fallible<Option<Baseline>> {
         let Setting { gpu, member, .. } = self.session.setting();
-        let (from, to) = self.from_to();
+        let (from, to) = self.seats();
         let usable = member.share("nccl", &nccl::load().is_ok(), timeout)?;
         if from == to || usable.contains(&false) {
             return Ok(None);

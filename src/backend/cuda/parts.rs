@@ -233,9 +233,9 @@ impl<'a> Lowering<'a> {
 /// The elements of a window of tiles.
 fn under(window: &Window, tile: u64, of: &[u64]) -> Window {
     let mut out = window.clone();
-    for d in of.len() - 2..of.len() {
+    for (d, size) in of.iter().enumerate().skip(of.len() - 2) {
         out.lo[d] = window.lo[d] * tile;
-        out.len[d] = (window.len[d] * tile).min(of[d] - out.lo[d]);
+        out.len[d] = (window.len[d] * tile).min(size - out.lo[d]);
     }
     out
 }

@@ -9,6 +9,7 @@ use super::land::copy_part;
 use super::program::{Flag, Instruction, Lane, SeatProgram};
 use super::seats::{Parcel, Seat};
 use super::table::Table;
+use crate::diag::Diagnostic;
 
 impl Build<'_> {
     /// The program of a GPU that sees the memory of those it writes to.
@@ -46,18 +47,16 @@ impl Build<'_> {
             if to == me {
                 flows.retain(|f| self.is_needed(*f, me));
             }
+            let units: BTreeSet<u32> =
+                flows.iter().flat_map(|f| self.parts(*f).1).map(|p| p.unit).collect();
             let mut places = BTreeMap::new();
-            for flow in &flows {
-                for part in self.parts(*flow).1 {
-                    if !places.contains_key(&part.unit) {
-                        let first = self.places(self.unit(part), to)?.into_iter().next();
-                        places.insert(part.unit, first);
-                    }
-                }
+            for unit in units {
+                let first = self.places(&self.program.units[unit as usize], to)?;
+                places.insert(unit, first.into_iter().next());
             }
             let made = self.make(&flows, &mut |_, part| {
                 places.get(&part.unit).cloned().flatten().ok_or_else(|| {
-                    crate::diag::Diagnostic::error("E0502", "a part goes where nobody needs it")
+                    Diagnostic::error("E0502", "a part goes where nobody needs it")
                 })
             })?;
             if made && to != me {

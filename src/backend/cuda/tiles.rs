@@ -325,12 +325,12 @@ impl Tile<'_> {
         let m = self.index.len() - 2;
         let mut first: Dims = self.index[..m].into();
         let mut count = [0; 2];
-        for k in 0..2 {
+        for (k, count) in count.iter_mut().enumerate() {
             let edge = |tile: u64| (tile * block).saturating_sub(to.phase[k]).div_ceil(to.fine);
             let (d, tile) = (m + k, self.index[m + k]);
             let lo = edge(tile).max(to.entries.lo[d]);
             let hi = edge(tile + 1).min(to.entries.lo[d] + to.entries.len[d]);
-            count[k] = hi.saturating_sub(lo);
+            *count = hi.saturating_sub(lo);
             first.push(lo);
         }
         if count.contains(&0) {
