@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Bounds, Setup};
 use crate::io::{Checkpoint, OutputDir};
 use crate::lower::RankProgram;
-use crate::rendezvous::Member;
+use crate::rendezvous::{Member, agree};
 use crate::topo::{Cluster, RankId};
 
 use files::{FileRows, FileSink, Stop};
@@ -129,6 +129,10 @@ impl FileRun<'_> {
 
     fn files(&self, recorded: &Recorded, out: &Path) -> Result<RunSummary> {
         let (compiled, program) = (self.compiled, &self.compiled.program);
+        if let Some(member) = self.member() {
+            let digest = [("plan digest", compiled.digest.clone())];
+            agree(member, &digest, self.options.timeout).map_err(Error::device)?;
+        }
         let output = match self.member() {
             Some(member) if member.rank() > 0 => None,
             _ => Some(OutputDir::create(out, self.options.force)?),

@@ -16,8 +16,12 @@ fn stdout(args: &[&str]) -> String {
 #[test]
 fn help_says_what_each_command_takes() {
     insta::assert_snapshot!("help", stdout(&["--help"]));
-    for command in ["dry-run", "run", "check", "verify", "simulate", "explain"] {
+    for command in ["dry-run", "run", "check", "verify", "simulate", "bench", "explain"] {
         insta::assert_snapshot!(format!("help-{command}"), stdout(&[command, "--help"]));
+    }
+    for what in ["transfer", "quantize"] {
+        let help = stdout(&["bench", what, "--help"]);
+        insta::assert_snapshot!(format!("help-bench-{what}"), help);
     }
 }
 

@@ -127,6 +127,13 @@ fn compare_table(table: &Value, shown: &Value, quant: &str) -> Vec<String> {
     problems
 }
 
+/// What runs the loads: threads, or as a variable says, such as `--backend cuda --path nccl`.
+fn how_to_run() -> Vec<String> {
+    let said = std::env::var("KERNELCAST_GOLDEN_RUN");
+    let said = said.unwrap_or_else(|_| "--backend cpu".to_owned());
+    said.split_whitespace().map(str::to_owned).collect()
+}
+
 fn load_problems(path: &Path, plan: &str) -> Vec<String> {
     load_problems_from(path, plan, None)
 }
@@ -153,7 +160,8 @@ fn load_problems_from(path: &Path, plan: &str, train: Option<&str>) -> Vec<Strin
     args.push(model.display().to_string());
     args.extend(axes(&load["topology"]));
     args.extend(["--out".to_owned(), out_dir.display().to_string()]);
-    args.extend(["--backend", "cpu", "--set", &format!("quant={quant}")].map(str::to_owned));
+    args.extend(["--set".to_owned(), format!("quant={quant}")]);
+    args.extend(how_to_run());
     args.extend(train.iter().flat_map(|t| ["--train".to_owned(), (*t).to_owned()]));
     let out = engine(&args);
     if load.get("refused").is_some() {

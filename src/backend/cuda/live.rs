@@ -212,14 +212,17 @@ impl Opening<'_> {
     }
 }
 
-/// Tells the others of a failure.
+/// Tells the others of a failure. One that was told before is the reason of a wait in vain.
 fn told<T>(member: &Member, result: Result<T>) -> Result<T> {
-    if let Err(error) = &result
-        && let Some(first) = error.diagnostics.first()
-    {
+    let Err(error) = result else { return result };
+    let waited = error.diagnostics.iter().all(|d| d.code == "E0604");
+    if let Some(reason) = member.failure().filter(|_| waited) {
+        return Err(Error::device(reason));
+    }
+    if let Some(first) = error.diagnostics.first() {
         member.fail(first);
     }
-    result
+    Err(error)
 }
 
 /// A thread for each; all results, or the failure that is not an echo of another's.
