@@ -21,6 +21,8 @@ pub struct Schedule {
     pub mapped: Graph,
     /// The expert map that it is for.
     experts: ExpertMap,
+    /// Hash of what does not follow the map; none where there is no map to change.
+    rest: Option<u128>,
 }
 
 impl Schedule {
@@ -39,8 +41,9 @@ impl Schedule {
     ) -> Result<Schedule> {
         let mapped = program.mapped();
         let fixed = graph_of(program, 0..mapped.start, setup)?;
+        let rest = (!mapped.is_empty() || !experts.is_empty()).then(|| program.fixed_digest());
         let mapped = graph_of(program, mapped, setup)?;
-        Ok(Schedule { fixed, mapped, experts: experts.clone() })
+        Ok(Schedule { fixed, mapped, experts: experts.clone(), rest })
     }
 
     /// The schedule of the same plan for another expert map: only the experts' part is new.
@@ -50,7 +53,9 @@ impl Schedule {
     pub fn remap(&self, compiled: &Compiled, setup: &Setup<'_>) -> Result<Schedule> {
         let program = &compiled.program;
         let mapped = program.mapped();
-        if check(program, 0..mapped.start, &self.fixed).is_err() {
+        if self.rest.is_none_or(|rest| rest != program.fixed_digest())
+            || check(program, 0..mapped.start, &self.fixed).is_err()
+        {
             let text = "more than the expert map has changed since the schedule was agreed";
             return Err(Diagnostic::error("E0305", text)
                 .hint("agree on a new schedule")
@@ -58,7 +63,7 @@ impl Schedule {
         }
         let mapped = graph_of(program, mapped, setup)?;
         let fixed = self.fixed.clone();
-        Ok(Schedule { fixed, mapped, experts: compiled.experts.clone() })
+        Ok(Schedule { fixed, mapped, experts: compiled.experts.clone(), rest: self.rest })
     }
 
     /// Refuses a plan that was compiled for another expert map.

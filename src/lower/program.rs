@@ -1,6 +1,9 @@
 //! The program: tables of sources and targets, and the units that turn one into the other.
 
+use std::fmt::Write;
 use std::sync::Arc;
+
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::diag::Span;
 use crate::dtype::DType;
@@ -242,9 +245,28 @@ impl Program {
         first as u32..self.units.len() as u32
     }
 
+    /// Hash of all that does not follow the expert map: of sources and units.
+    pub fn fixed_digest(&self) -> u128 {
+        let mut text = Hashed(Xxh3::new());
+        let units = &self.units[..self.mapped().start as usize];
+        // A hasher takes all that is written.
+        let _ = write!(text, "{:?} {units:?}", self.sources);
+        text.0.digest128()
+    }
+
     /// Bytes of the distinct trainer tensors that are read.
     pub fn source_bytes(&self) -> u64 {
         self.sources.iter().map(ProgramSource::bytes).sum()
+    }
+}
+
+/// Text that is hashed as it is written.
+struct Hashed(Xxh3);
+
+impl Write for Hashed {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0.update(text.as_bytes());
+        Ok(())
     }
 }
 

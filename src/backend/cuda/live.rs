@@ -23,6 +23,8 @@ pub struct Live {
     trainers: BTreeMap<u32, (Vec<Option<Tensor>>, usize)>,
     path: Path,
     bounds: Bounds,
+    /// Hash of what does not follow the expert map.
+    rest: u128,
     staging: u64,
     cards: Vec<String>,
 }
@@ -72,6 +74,7 @@ impl Live {
             trainers: BTreeMap::new(),
             path: Path::Peer,
             bounds: Bounds::with_staging(options.staging),
+            rest: program.fixed_digest(),
             staging: 0,
             cards: Vec::new(),
         };
@@ -110,8 +113,14 @@ impl Live {
     /// Takes the schedule of another expert map. True if a graph had to be captured again.
     ///
     /// # Errors
-    /// See [`Session::remap`]; E0611 for a process with another map.
+    /// E0305 if more than the map has changed; see [`Session::remap`]; E0611 for a process with
+    /// another map.
     pub fn remap(&mut self, program: &Program, schedules: Schedules<'_>) -> Result<bool> {
+        if program.fixed_digest() != self.rest {
+            let text = "more than the expert map has changed since the update was captured";
+            let d = Diagnostic::error("E0305", text);
+            return Err(d.hint("open the GPUs anew for this plan").into());
+        }
         let graphs = schedules(self.bounds).map_err(Error::refused)?;
         let graphs: Vec<&Graph> = graphs.iter().collect();
         let hash: String = graphs.iter().map(|g| format!("{:032x}", g.digest)).collect();
